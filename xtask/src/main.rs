@@ -1,5 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Caisson: xtask.
+//! `cargo xtask …`: the commands that a person (or CI) types in this tree.
+//!
+//! Every command builds what it needs first, so each works from a fresh clone. Their own words go to stderr:
+//! stdout is for what the command's subject says.
 
-fn main() {}
+mod build;
+mod shell;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Commands for working on Caisson")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// A prompt, or one command, as root in the testbed with Caisson installed
+    Shell(shell::Shell),
+}
+
+fn main() -> ExitCode {
+    // Before any thread is started.
+    let prepared = caisson_testbed::cleanup::on_signals();
+    let result = prepared
+        .map_err(anyhow::Error::new)
+        .and_then(|()| run(Arguments::parse().task));
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<u8> {
+    match task {
+        Task::Shell(shell) => shell.run(),
+    }
+}
+
+/// Says something to the person at the terminal. That a terminal is gone stops nothing.
+fn say(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// The root of the tree.
+fn tree() -> PathBuf {
+    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().map_or(manifest.clone(), PathBuf::from)
+}

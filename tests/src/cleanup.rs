@@ -89,6 +89,10 @@ pub fn on_signals() -> nix::Result<()> {
         .collect();
     signals.thread_block()?;
     std::thread::spawn(move || {
+        // A signal that others wait for must not be delivered, and lost, here.
+        if SigSet::all().thread_block().is_err() {
+            return;
+        }
         let Ok(signal) = signals.wait() else { return };
         // Kept locked: no directory is made any more.
         let directories = directories();

@@ -1,3 +1,80 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! virtio-fs: a directory of the host as a file system of the guest, served in this process.
+//! virtio-fs: a directory of the host as a file system of the guest, served in this process (virtio 1.2,
+//! 5.11).
+//!
+//! A request comes through these files in this order:
+//!
+//! - [`device`]: the virtio face: features, configuration space, life cycle;
+//! - `worker`: one thread per queue, takes chains off the ring;
+//! - `segments`: a chain as checked slices of guest memory;
+//! - `request`, `names`: the guest's bytes, parsed without I/O;
+//! - `server`, `operations`: what each FUSE operation does;
+//! - `passthrough`: the host's files, by virtiofsd's `PassthroughFs`;
+//! - `reply`: the answer.
+//!
+//! The guest is taken for hostile: it can do to the served directory and the mounts below it what the host
+//! lets this process do, and reach nothing else. Device nodes, FIFOs and sockets of the host are never opened
+//! (the guest's kernel has its own behind those names), and it cannot make device nodes either.
+//!
+//! The directory is looked up anew at each mount by the guest, so that mounts moved onto or below it later are
+//! seen; its path must stay valid. A directory that the guest looked up *before* something was mounted on it
+//! keeps showing what was there until the guest's cache entry runs out: mount first, tell the guest then.
+
+pub mod device;
+mod names;
+mod operations;
+mod passthrough;
+mod reply;
+mod request;
+pub(crate) mod segments;
+mod server;
+mod sys;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::path::PathBuf;
+
+pub use device::FsDevice;
+
+/// A virtio-fs device that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum FsDeviceError {
+    /// The tag is empty, longer than 36 bytes, or has a NUL.
+    #[error("tag {tag:?} is not 1 to 36 bytes without NUL")]
+    Tag {
+        /// What was given.
+        tag: String,
+    },
+    /// The number of request queues is out of range.
+    #[error("{queues} request queues are not 1 to 8")]
+    Queues {
+        /// What was given.
+        queues: u16,
+    },
+    /// The directory's path is relative or not UTF-8.
+    #[error("directory {path:?} is not an absolute path in UTF-8")]
+    DirectoryName {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The directory cannot be served.
+    #[error("failed to open directory {path}")]
+    Directory {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// RLIMIT_NOFILE cannot be raised.
+    #[error("failed to raise the limit of open files")]
+    DescriptorLimit(#[source] std::io::Error),
+    /// RLIMIT_NOFILE is too low.
+    #[error("the limit of {limit} open files is too low to serve a file system")]
+    TooFewDescriptors {
+        /// The limit.
+        limit: u64,
+    },
+}

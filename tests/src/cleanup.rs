@@ -19,9 +19,9 @@ const LOCK: &str = "lock";
 /// The directories of this process's testbeds. The one global: a signal ends them all.
 static DIRECTORIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// A testbed's directory of sockets and logs.
+/// A temporary directory that goes with its owner, with the process, or at the next start of a testbed.
 #[derive(Debug)]
-pub(crate) struct RunDir {
+pub struct RunDir {
     path: PathBuf,
     /// Held for as long as the directory is in use.
     _lock: File,
@@ -29,7 +29,10 @@ pub(crate) struct RunDir {
 
 impl RunDir {
     /// Makes one, and removes those that dead processes left.
-    pub(crate) fn new() -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// If it cannot be made in the system's directory for temporary files.
+    pub fn new() -> io::Result<Self> {
         let parent = std::env::temp_dir();
         remove_abandoned(&parent);
         let path = tempfile::Builder::new()
@@ -45,7 +48,8 @@ impl RunDir {
         Ok(Self { path, _lock: lock })
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Where it is; `lock` in it is taken.
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }

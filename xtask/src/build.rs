@@ -19,11 +19,10 @@ const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What to build.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Build<'a> {
-    /// `build`, or `test` (which stops before running).
-    pub(crate) what: What,
-    /// Package of this workspace.
-    pub(crate) package: &'a str,
-    /// Names of binaries or of test targets.
+    pub(crate) kind: Kind,
+    /// Packages of this workspace.
+    pub(crate) packages: &'a [&'a str],
+    /// Names of the executables' targets in those packages.
     pub(crate) targets: &'a [&'a str],
     pub(crate) release: bool,
     /// Linked without a dynamic loader.
@@ -32,25 +31,25 @@ pub(crate) struct Build<'a> {
 
 /// Kind of cargo target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum What {
-    Binaries,
+pub(crate) enum Kind {
+    Binary,
+    IntegrationTest,
 }
 
 impl Build<'_> {
     /// Builds and answers the paths of the executables, in the order of `targets`.
     pub(crate) fn run(&self) -> Result<Vec<PathBuf>> {
         let mut command = cargo();
-        let flag = match self.what {
-            What::Binaries => {
-                command.arg("build");
-                "--bin"
-            }
+        let (verb, flag): (&[&str], &str) = match self.kind {
+            Kind::Binary => (&["build"], "--bin"),
+            Kind::IntegrationTest => (&["test", "--no-run"], "--test"),
         };
-        command.args([
-            "--package",
-            self.package,
-            "--message-format=json-render-diagnostics",
-        ]);
+        command
+            .args(verb)
+            .arg("--message-format=json-render-diagnostics");
+        for package in self.packages {
+            command.args(["--package", package]);
+        }
         for target in self.targets {
             command.args([flag, target]);
         }
@@ -86,20 +85,11 @@ impl Build<'_> {
             }
         }
         let status = child.wait().context("failed to wait for cargo")?;
+        let names = self.targets.join(", ");
         if !status.success() {
-            bail!(
-                "failed to build {} of {}",
-                self.targets.join(", "),
-                self.package
-            );
+            bail!("failed to build {names}");
         }
-        let missing = || {
-            format!(
-                "cargo made no {} of {}",
-                self.targets.join(", "),
-                self.package
-            )
-        };
+        let missing = || format!("cargo made not all of {names}");
         found
             .into_iter()
             .collect::<Option<Vec<_>>>()
@@ -124,8 +114,8 @@ pub(crate) fn cargo() -> Command {
 /// The testbed's init.
 pub(crate) fn testbed_init() -> Result<PathBuf> {
     let build = Build {
-        what: What::Binaries,
-        package: "caisson-testbed",
+        kind: Kind::Binary,
+        packages: &["caisson-testbed"],
         targets: &["testbed-init"],
         release: false,
         is_static: true,

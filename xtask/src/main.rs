@@ -6,7 +6,9 @@
 //! stdout is for what the command's subject says.
 
 mod build;
+mod install;
 mod shell;
+mod test;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,6 +25,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Builds everything and installs it
+    Install(install::Install),
+    /// Unit tests natively, then end-to-end tests in testbeds
+    Test(test::Test),
     /// A prompt, or one command, as root in the testbed with Caisson installed
     Shell(shell::Shell),
 }
@@ -44,6 +50,8 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<u8> {
     match task {
+        Task::Install(install) => install.run(),
+        Task::Test(test) => test.run(),
         Task::Shell(shell) => shell.run(),
     }
 }

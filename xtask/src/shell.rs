@@ -12,7 +12,7 @@ use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
-use crate::{build, say};
+use crate::{build, install, say};
 
 /// Options of `shell`.
 #[derive(Debug, Args)]
@@ -57,6 +57,11 @@ impl Shell {
                 read_only: false,
             });
         }
+        let stage = match self.no_install {
+            true => None,
+            false => Some(install::staged()?),
+        };
+        options.install = stage.as_ref().map(|stage| stage.path().to_owned());
         let terminal = self.command.is_none() && io::stdin().is_terminal();
         let window = match terminal {
             true => Some(SigSet::from(Signal::SIGWINCH)),

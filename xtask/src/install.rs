@@ -82,11 +82,32 @@ impl Install {
     }
 }
 
-/// Caisson as it would be installed at /usr/local, in a directory of its own that goes when it is dropped.
-pub(crate) fn staged() -> Result<RunDir> {
-    let stage = RunDir::new().context("failed to make a directory to install to")?;
-    install(Path::new("/usr/local"), stage.path())?;
-    Ok(stage)
+/// Caisson as it would be installed at /usr/local, in a directory that goes when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Stage(RunDir);
+
+impl Stage {
+    /// Builds and installs.
+    pub(crate) fn new() -> Result<Self> {
+        let stage = Self(RunDir::new().context("failed to make a directory to install to")?);
+        install(Path::new("/usr/local"), &stage.root())?;
+        Ok(stage)
+    }
+
+    /// The tree that is laid over the testbed's root.
+    pub(crate) fn root(&self) -> PathBuf {
+        self.0.path().join("root")
+    }
+
+    /// Where the prefix is on this machine.
+    pub(crate) fn prefix(&self) -> PathBuf {
+        self.root().join("usr/local")
+    }
+
+    /// A place beside the tree.
+    pub(crate) fn beside(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
 }
 
 /// Builds and installs.
@@ -128,7 +149,7 @@ pub(crate) fn install(prefix: &Path, destdir: &Path) -> Result<()> {
             .arg("--output")
             .arg(&initramfs),
     )?;
-    place.write_config()
+    write_config(prefix, &made(destdir.join(CONFIG))?)
 }
 
 /// The guest kernel, built first if the cache has none of these inputs (five to eight minutes).
@@ -202,14 +223,18 @@ impl Place<'_> {
             mode,
         )
     }
+}
 
-    fn write_config(&self) -> Result<()> {
-        let shipped = tree().join("runtime/config/default.toml");
-        let text = fs::read_to_string(&shipped)
-            .with_context(|| format!("failed to read {}", shipped.display()))?;
-        let text = with_prefix(&text, &self.prefix.display().to_string());
-        replace(&made(self.destdir.join(CONFIG))?, text.as_bytes(), 0o644)
-    }
+/// Writes the shipped configuration for a Caisson that is installed at `prefix`.
+pub(crate) fn write_config(prefix: &Path, path: &Path) -> Result<()> {
+    let shipped = tree().join("runtime/config/default.toml");
+    let text = fs::read_to_string(&shipped)
+        .with_context(|| format!("failed to read {}", shipped.display()))?;
+    replace(
+        path,
+        with_prefix(&text, &prefix.display().to_string()).as_bytes(),
+        0o644,
+    )
 }
 
 /// Writes a file under another name and renames it, so that one in use is left as it is.

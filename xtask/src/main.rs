@@ -5,8 +5,12 @@
 //! Every command builds what it needs first, so each works from a fresh clone. Their own words go to stderr:
 //! stdout is for what the command's subject says.
 
+#[cfg(test)]
+mod architecture;
 mod build;
 mod install;
+mod run;
+mod session;
 mod shell;
 mod test;
 
@@ -27,6 +31,8 @@ struct Arguments {
 enum Task {
     /// Builds everything and installs it
     Install(install::Install),
+    /// Runs a container in a microVM
+    Run(run::Run),
     /// Unit tests natively, then end-to-end tests in testbeds
     Test(test::Test),
     /// A prompt, or one command, as root in the testbed with Caisson installed
@@ -52,6 +58,7 @@ fn run(task: Task) -> Result<u8> {
     match task {
         Task::Install(install) => install.run(),
         Task::Test(test) => test.run(),
+        Task::Run(run) => run.run(),
         Task::Shell(shell) => shell.run(),
     }
 }

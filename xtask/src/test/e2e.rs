@@ -20,7 +20,7 @@ use caisson_testbed::{Command, Event, LinkError, Options, Share, Testbed, cache}
 
 use super::{Tally, print};
 use crate::build::{self, Build, Kind};
-use crate::install;
+use crate::install::{self, Stage};
 
 /// Environment variable that names another runtime to run the tests against.
 const RUNTIME: &str = "CAISSON_RUNTIME";
@@ -128,9 +128,9 @@ impl Suite {
                 environment.push((RUNTIME.to_owned(), name));
                 None
             }
-            Err(_) => Some(install::staged()?),
+            Err(_) => Some(Stage::new()?),
         };
-        options.install = stage.as_ref().map(|stage| stage.path().to_owned());
+        options.install = stage.as_ref().map(|stage| stage.root());
 
         let durations_file = cache::dir()?.join(DURATIONS);
         let durations = read_durations(&durations_file);

@@ -2,11 +2,15 @@
 
 //! The command line, turned into the library's requests.
 
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use caisson_rootfs_builder::bundle::{BundleRequest, RootfsSource};
+use caisson_rootfs_builder::bundle::{BundleRequest, ImageName, RootfsSource};
+use caisson_rootfs_builder::image::platform::Platform;
 use caisson_rootfs_builder::initramfs::{Compression, Extra, InitramfsRequest};
+use caisson_rootfs_builder::limits::Limits;
 use caisson_rootfs_builder::spec::{EnvVar, Privileges, SpecOverrides};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -86,6 +90,11 @@ pub(crate) struct BundleOptions {
     replace: bool,
     #[command(flatten)]
     source: SourceOptions,
+    /// With --from-dir: use the directory where it is instead of copying it
+    #[arg(long, requires = "from_dir")]
+    rootfs_in_place: bool,
+    #[command(flatten)]
+    image: ImageOptions,
     #[command(flatten)]
     process: ProcessOptions,
 }
@@ -100,6 +109,32 @@ struct SourceOptions {
         reason = "clap's way to tell absent, without and with a value"
     )]
     busybox: Option<Option<PathBuf>>,
+    /// A copy of a directory, with owners, modes, times, attributes, links and special files
+    #[arg(long, value_name = "DIR")]
+    from_dir: Option<PathBuf>,
+    /// An image in an OCI image layout: a directory, or a tar of one
+    #[arg(long, value_name = "PATH[:TAG]")]
+    oci_layout: Option<OsString>,
+    /// An image in a docker-archive, as `docker save` writes it
+    #[arg(long, value_name = "FILE[:TAG]")]
+    docker_archive: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Options for images")]
+struct ImageOptions {
+    /// The machine that the image must be for [default: this one]
+    #[arg(long, value_name = "OS/ARCH")]
+    platform: Option<Platform>,
+    /// How large the image may be once unpacked, in bytes or with K, M, G or T [default: 64G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    max_size: Option<u64>,
+    /// How many files, directories and links its layers may have together [default: 4000000]
+    #[arg(long, value_name = "N")]
+    max_entries: Option<u64>,
+    /// How many layers it may have [default: 512]
+    #[arg(long, value_name = "N")]
+    max_layers: Option<usize>,
 }
 
 #[derive(Debug, Args)]
@@ -119,6 +154,9 @@ struct ProcessOptions {
     /// Working directory
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
+    /// User, and group if it shall not be the user's own (names are those of the root file system)
+    #[arg(long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
     /// Give the process a terminal
     #[arg(long)]
     tty: bool,
@@ -147,22 +185,95 @@ enum PrivilegesName {
 
 impl BundleOptions {
     pub(crate) fn into_request(self) -> anyhow::Result<BundleRequest> {
+        let defaults = Limits::default();
         Ok(BundleRequest {
             output: self.output,
             replace: self.replace,
-            source: self.source.into_source()?,
+            source: self.source.into_source(self.rootfs_in_place)?,
             overrides: self.process.into_overrides(),
+            platform: self.image.platform.unwrap_or_default(),
+            limits: Limits {
+                max_unpacked_bytes: self.image.max_size.unwrap_or(defaults.max_unpacked_bytes),
+                max_entries: self.image.max_entries.unwrap_or(defaults.max_entries),
+                max_layers: self.image.max_layers.unwrap_or(defaults.max_layers),
+                ..defaults
+            },
         })
     }
 }
 
 impl SourceOptions {
-    fn into_source(self) -> anyhow::Result<RootfsSource> {
-        if let Some(binary) = self.busybox {
-            return Ok(RootfsSource::Busybox { binary });
+    fn into_source(self, in_place: bool) -> anyhow::Result<RootfsSource> {
+        match self {
+            Self {
+                busybox: Some(binary),
+                ..
+            } => Ok(RootfsSource::Busybox { binary }),
+            Self {
+                from_dir: Some(path),
+                ..
+            } => Ok(RootfsSource::Directory { path, in_place }),
+            Self {
+                oci_layout: Some(name),
+                ..
+            } => Ok(RootfsSource::OciLayout(image_name(&name))),
+            Self {
+                docker_archive: Some(name),
+                ..
+            } => Ok(RootfsSource::DockerArchive(image_name(&name))),
+            // The command line's own rules ask for one.
+            Self {
+                busybox: None,
+                from_dir: None,
+                oci_layout: None,
+                docker_archive: None,
+            } => {
+                bail!("no source was given")
+            }
         }
-        bail!("no source was given: --busybox")
     }
+}
+
+/// `PATH[:TAG]`: a path that exists is one, whatever is in it; otherwise the tag follows the colon after which
+/// no name of a file is left (tags may have colons and slashes in them, as whole names of images do).
+fn image_name(text: &OsStr) -> ImageName {
+    let bytes = text.as_bytes();
+    let whole = ImageName {
+        path: PathBuf::from(text),
+        tag: None,
+    };
+    if whole.path.exists() {
+        return whole;
+    }
+    let colons = bytes.iter().enumerate().filter(|(_, byte)| **byte == b':');
+    for (colon, _) in colons {
+        let (path, rest) = bytes.split_at(colon);
+        let path = Path::new(OsStr::from_bytes(path));
+        let tag = rest.get(1..).and_then(|tag| std::str::from_utf8(tag).ok());
+        if let Some(tag) = tag.filter(|tag| !tag.is_empty() && path.exists()) {
+            return ImageName {
+                path: path.to_path_buf(),
+                tag: Some(tag.to_owned()),
+            };
+        }
+    }
+    whole
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+        Some(_) | None => (text, 0),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "expected a number of bytes".to_owned())?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "too large".to_owned())
 }
 
 impl ProcessOptions {
@@ -176,6 +287,7 @@ impl ProcessOptions {
             args: (!args.is_empty()).then_some(args),
             env: self.env,
             cwd: self.cwd,
+            user: self.user,
             terminal: self.tty,
             hostname: self.hostname,
             readonly: self.readonly,

@@ -6,3 +6,4 @@
 //! run what is in it. None writes outside that directory.
 
 pub mod busybox;
+pub mod directory;

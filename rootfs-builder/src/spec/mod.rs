@@ -2,20 +2,25 @@
 
 //! The bundle's `config.json`: what `runc spec` would write, made to fit the root file system.
 //!
-//! In: defaults ([`base`]), what an image asks for, what the person asks for ([`SpecOverrides`]), in
+//! In: defaults ([`base_spec`]), what an image asks for, what the person asks for ([`SpecOverrides`]), in
 //! rising order of precedence. Out: the JSON text, the same for the same inputs (maps and capability
 //! lists are sorted).
 //!
 //! Format: <https://github.com/opencontainers/runtime-spec/blob/main/config.md>.
 
 mod base;
+mod image;
+mod user;
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Spec, UserBuilder};
 use serde_json::Value;
 
 pub use self::base::{Privileges, base_spec};
+pub use self::image::{apply_image, user_of};
+pub(crate) use self::user::resolve as resolve_user;
+pub use self::user::{ResolvedUser, UserError};
 
 /// Why no `config.json` could be made.
 #[derive(Debug, thiserror::Error)]
@@ -25,11 +30,14 @@ pub enum SpecError {
     #[error("working directory {0} is not absolute")]
     RelativeCwd(PathBuf),
     /// The argument list is empty.
-    #[error("the command is empty; give one after --")]
+    #[error("there is no command to run; give one after --")]
     NoCommand,
     /// The host name is empty or longer than Linux takes (64 bytes).
     #[error("host name {0:?} is empty or longer than 64 bytes")]
     Hostname(String),
+    /// The user could not be found out.
+    #[error("failed to find out the user")]
+    User(#[from] UserError),
     /// A string with a NUL byte can be neither an argument nor a variable.
     #[error("{0:?} holds a NUL byte")]
     Nul(String),
@@ -61,6 +69,8 @@ pub struct SpecOverrides {
     pub cwd: Option<PathBuf>,
     /// Give the process a terminal.
     pub terminal: bool,
+    /// User and group (`USER[:GROUP]`, names or numbers); the names are the root file system's.
+    pub user: Option<String>,
     /// Host name.
     pub hostname: Option<String>,
     /// Mount the root file system read-only.
@@ -138,6 +148,21 @@ pub fn set_variable(env: &mut Vec<String>, variable: &EnvVar) {
         Some(entry) => *entry = text,
         None => env.push(text),
     }
+}
+
+/// Makes the process run as `user`.
+///
+/// # Errors
+/// When the library that models the specification refuses it.
+pub fn set_user(spec: &mut Spec, user: &ResolvedUser) -> Result<(), SpecError> {
+    let mut model = UserBuilder::default().uid(user.uid).gid(user.gid).build()?;
+    if !user.additional_gids.is_empty() {
+        model.set_additional_gids(Some(user.additional_gids.clone()));
+    }
+    if let Some(process) = spec.process_mut() {
+        process.set_user(model);
+    }
+    Ok(())
 }
 
 /// Points the specification at its root file system.
@@ -231,6 +256,7 @@ mod tests {
                 value: "dumb".into(),
             }],
             cwd: Some("/srv".into()),
+            user: None,
             terminal: true,
             hostname: Some("box".into()),
             readonly: true,

@@ -116,3 +116,222 @@ fn errors_go_to_the_log_as_json_when_asked() {
     );
     assert!(last["time"].is_string());
 }
+
+/// The installed configuration with changes; `--config` and the path of the file.
+struct Config {
+    dir: tempfile::TempDir,
+}
+
+impl Config {
+    fn with(changes: &str) -> Self {
+        let dir = tempfile::TempDir::new().unwrap();
+        let file = dir.path().join("config.toml");
+        fs::copy("/etc/caisson/config.toml", &file).unwrap();
+        fs::create_dir(dir.path().join("config.toml.d")).unwrap();
+        fs::write(dir.path().join("config.toml.d/50-test.toml"), changes).unwrap();
+        Self { dir }
+    }
+
+    fn file(&self) -> String {
+        self.dir
+            .path()
+            .join("config.toml")
+            .to_str()
+            .unwrap()
+            .to_owned()
+    }
+}
+
+/// A bundle that is in order is refused because of the configuration.
+fn refused_with(changes: &str, texts: &[&str]) {
+    let config = Config::with(changes);
+    refused(&Bundle::busybox(), &["--config", &config.file()], texts);
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_file() {
+    refused_with("[vm]\nmemroy_mib = 256\n", &["memroy_mib", "50-test.toml"]);
+    refused_with("[vmm]\nmemory_mib = 256\n", &["vmm", "50-test.toml"]);
+}
+
+#[test]
+fn memory_out_of_bounds_is_refused() {
+    refused_with("[vm]\nmemory_mib = 1\n", &["memory_mib", "32"]);
+    refused_with("[vm]\nmemory_mib = 1099511627776\n", &["memory"]);
+}
+
+#[test]
+fn too_many_cpus_are_refused() {
+    refused_with("[vm]\nvcpus = 0\n", &["vcpus"]);
+    refused_with("[vm]\nvcpus = 33\n", &["vcpus", "32"]);
+}
+
+#[test]
+fn a_missing_kernel() {
+    refused_with(
+        "[vm]\nkernel = \"/no/such/kernel\"\n",
+        &["/no/such/kernel", "No such file"],
+    );
+}
+
+#[test]
+fn a_kernel_that_is_none() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let path = dir.path().join("kernel");
+    let change = format!("[vm]\nkernel = {:?}\n", path.to_str().unwrap());
+    fs::write(&path, "").unwrap();
+    refused_with(&change, &["kernel", path.to_str().unwrap()]);
+    fs::write(&path, "not a kernel at all\n".repeat(1000)).unwrap();
+    refused_with(&change, &["kernel", "ELF"]);
+    fs::copy("/bin/busybox", &path).unwrap();
+    refused_with(&change, &["kernel", "PVH"]);
+}
+
+#[test]
+fn a_truncated_kernel() {
+    let installed = fs::read_to_string("/etc/caisson/config.toml").unwrap();
+    let line = installed
+        .lines()
+        .find(|line| line.starts_with("kernel ="))
+        .unwrap();
+    let kernel = line.split('"').nth(1).unwrap();
+    let bytes = fs::read(kernel).unwrap();
+    let dir = tempfile::TempDir::new().unwrap();
+    let path = dir.path().join("kernel");
+    for length in [100, 5000, bytes.len() / 2] {
+        fs::write(&path, &bytes[..length]).unwrap();
+        refused_with(
+            &format!("[vm]\nkernel = {:?}\n", path.to_str().unwrap()),
+            &["kernel"],
+        );
+    }
+}
+
+#[test]
+fn a_missing_initramfs() {
+    refused_with(
+        "[vm]\ninitramfs = \"/no/such/file\"\n",
+        &["/no/such/file", "No such file"],
+    );
+}
+
+#[test]
+fn an_initramfs_without_an_agent() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let path = dir.path().join("initramfs");
+    // An empty archive in the newc format: the trailer alone.
+    let mut archive =
+        format!("070701{}{:08x}{}", "00000000".repeat(11), 11, "00000000").into_bytes();
+    archive.extend_from_slice(b"TRAILER!!!\0");
+    archive.resize(512, 0);
+    fs::write(&path, archive).unwrap();
+    let change = format!("[vm]\ninitramfs = {:?}\n", path.to_str().unwrap());
+    refused_with(&change, &["Kernel panic"]);
+}
+
+#[test]
+fn a_kernel_that_panics_at_boot_is_quoted() {
+    refused_with(
+        "[vm]\nkernel_params = \"rdinit=/no/such/init\"\n",
+        &["Kernel panic"],
+    );
+}
+
+#[test]
+fn an_agent_of_another_protocol_version() {
+    refused_with(
+        "[vm]\nkernel_params = \"caisson.protocol=99\"\n",
+        &["protocol", "99"],
+    );
+}
+
+#[test]
+fn a_missing_vmm() {
+    refused_with(
+        "[vm]\nvmm = \"/no/such/vmm\"\n",
+        &["/no/such/vmm", "No such file"],
+    );
+}
+
+/// `caisson run` behind a shell that changes /dev in a mount namespace of its own first.
+fn refused_after(prepare: &str, text: &str) {
+    let before = Traces::now();
+    let bundle = Bundle::busybox();
+    let script = format!(
+        "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9 && {prepare} \
+         caisson run --bundle {} {}",
+        bundle.path().display(),
+        new_id()
+    );
+    let output = std::process::Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .output()
+        .unwrap();
+    println!("{}", show(&output));
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("/dev/kvm"), "{}", stderr(&output));
+    assert!(stderr(&output).contains(text), "{}", stderr(&output));
+    Traces::wait_until_gone(&before);
+}
+
+#[test]
+fn no_dev_kvm() {
+    refused_after("", "No such file");
+}
+
+#[test]
+fn dev_kvm_without_permission() {
+    refused_after(
+        "mknod -m 000 /dev/kvm c 10 232 && chown 65534:65534 /dev/kvm && \
+         exec setpriv --bounding-set=-dac_override,-dac_read_search --inh-caps=-dac_override,-dac_read_search",
+        "ermission denied",
+    );
+}
+
+#[test]
+fn a_full_disk_under_the_state_directory() {
+    let before = Traces::now();
+    let dir = tempfile::TempDir::new().unwrap();
+    let mount = |args: &[&str]| {
+        std::process::Command::new("mount")
+            .args(args)
+            .arg(dir.path())
+            .status()
+    };
+    assert!(
+        mount(&["-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs"])
+            .unwrap()
+            .success()
+    );
+    let filler = fs::write(dir.path().join("filler"), vec![1; 1 << 20]);
+    assert!(filler.is_err());
+    let bundle = Bundle::busybox();
+    let output = runtime()
+        .arg("--root")
+        .arg(dir.path())
+        .args(["run", "--bundle"])
+        .arg(bundle.path())
+        .arg(new_id())
+        .output()
+        .unwrap();
+    let left: Vec<_> = fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert!(
+        std::process::Command::new("umount")
+            .arg(dir.path())
+            .status()
+            .unwrap()
+            .success()
+    );
+    println!("{}", show(&output));
+    assert!(!output.status.success());
+    assert!(
+        stderr(&output).contains("No space left"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(left, ["filler"]);
+    Traces::wait_until_gone(&before);
+}

@@ -186,8 +186,8 @@ m[0:8] = b'mappedup'
 m.flush()
 print('ok')
 ";
-    let bundle = debian("python3 /work/random.py");
-    fs::write(bundle.path().join("work/random.py"), script).unwrap();
+    let bundle = debian("python3 /work/blocks.py");
+    fs::write(bundle.path().join("work/blocks.py"), script).unwrap();
     assert_eq!(bundle.stdout(), "ok\n");
     let data = fs::read(bundle.path().join("work/random")).unwrap();
     assert_eq!(data.len(), 4096 * 599);
@@ -210,7 +210,7 @@ assert libc.renameat2(AT, b'a', AT, b'b', 2) == 0
 assert open('a').read() == 'b' and open('b').read() == 'a'
 fd = os.open('.', os.O_TMPFILE | os.O_RDWR, 0o600)
 os.write(fd, b'temporary')
-os.link(f'/proc/self/fd/{fd}', 'named', follow_symlinks=True)
+assert libc.linkat(AT, b'/proc/self/fd/%d' % fd, AT, b'named', 0x400) == 0, ctypes.get_errno()
 assert open('named').read() == 'temporary'
 fd = os.open('sparse', os.O_RDWR | os.O_CREAT)
 os.posix_fallocate(fd, 0, 1 << 20)

@@ -88,6 +88,7 @@ impl Channel {
         let (ours, theirs) =
             UnixStream::pair().map_err(RuntimeError::system("make a socket pair"))?;
         let theirs = OwnedFd::from(theirs);
+        sys::close_all_on_exec().map_err(RuntimeError::system("close descriptors"))?;
         fcntl_setfd(&theirs, FdFlags::empty())
             .map_err(RuntimeError::system("share the sync socket"))?;
         let child = Command::new("/proc/self/exe")

@@ -167,8 +167,7 @@ fn become_vmm(
     rustix::stdio::dup2_stdout(rustix::stdio::stderr()).map_err(prepare("redirect stdout"))?;
     let source = Command::new(&program)
         .arg0("caisson-vmm")
-        .arg("--die-with-parent")
-        .arg("--status-fd")
+        .args(["--die-with-parent", "--config-fd", "stdin", "--status-fd"])
         .arg(std::os::fd::AsRawFd::as_raw_fd(&status).to_string())
         .stdin(document)
         .env_clear()

@@ -54,8 +54,8 @@ image=$out/rootfs/boot/vmlinuz-$release
 field() { od -An -v -t "u$2" -j "$1" -N "$2" "$image" | tr -d ' '; }
 start=$(( ($(field $((0x1f1)) 1) + 1) * 512 + $(field $((0x248)) 4) ))
 length=$(( $(field $((0x24c)) 4) - 4 ))
-payload() { tail -c "+$((start + 1))" "$image" | head -c "$length"; }
-case $(payload 2>/dev/null | head -c 4 | od -An -t x1 | tr -d ' ') in
+payload() { dd if="$image" bs=1M iflag=skip_bytes,count_bytes skip="$start" count="$length" status=none; }
+case $(od -An -t x1 -j "$start" -N 4 "$image" | tr -d ' ') in
     28b52ffd) payload | chroot "$out/rootfs" zstd -dcq >"$out/vmlinux" ;;
     fd377a58) payload | chroot "$out/rootfs" xz -dc --single-stream >"$out/vmlinux" ;;
     1f8b08*)  payload | gzip -dc >"$out/vmlinux" ;;

@@ -76,6 +76,7 @@ pub struct Activation {
 pub struct Interrupt {
     status: AtomicU32,
     broken: AtomicBool,
+    generation: AtomicU32,
     line: EventFd,
 }
 
@@ -85,6 +86,7 @@ impl Interrupt {
         Self {
             status: AtomicU32::new(0),
             broken: AtomicBool::new(false),
+            generation: AtomicU32::new(0),
             line,
         }
     }
@@ -94,8 +96,9 @@ impl Interrupt {
         self.raise(VIRTIO_MMIO_INT_VRING);
     }
 
-    /// Tells the guest that the device's configuration changed.
+    /// Tells the guest that the device's configuration changed. To be called after the change.
     pub fn signal_config(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
         self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
@@ -113,6 +116,11 @@ impl Interrupt {
     /// The status bits, for the InterruptStatus register.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::Acquire)
+    }
+
+    /// How often the configuration changed, for the ConfigGeneration register.
+    pub fn config_generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
     }
 
     /// The guest acknowledged `bits`.
@@ -184,7 +192,8 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn resume(&mut self) -> Result<(), ActivateError>;
 
     /// The device's own state while paused or inactive, as JSON of its serde struct: what a restore needs
-    /// beside the configuration. Queues are part of it through [`QueueSnapshot`].
+    /// beside the configuration. Its field `queues` is a list with one `Option` of a [`QueueSnapshot`] per
+    /// queue, or empty when the device is not active; the transport reads it to activate the device again.
     ///
     /// # Errors
     /// When it is not paused.

@@ -91,7 +91,7 @@ pub(crate) struct BundleOptions {
     #[command(flatten)]
     source: SourceOptions,
     /// With --from-dir: use the directory where it is instead of copying it
-    #[arg(long, requires = "from_dir")]
+    #[arg(long)]
     rootfs_in_place: bool,
     #[command(flatten)]
     image: ImageOptions,
@@ -204,6 +204,9 @@ impl BundleOptions {
 
 impl SourceOptions {
     fn into_source(self, in_place: bool) -> anyhow::Result<RootfsSource> {
+        if in_place && self.from_dir.is_none() {
+            bail!("--rootfs-in-place goes with --from-dir DIR, which was not given");
+        }
         match self {
             Self {
                 busybox: Some(binary),
@@ -308,5 +311,105 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
 }
 
 fn parse_variable(text: &str) -> Result<EnvVar, String> {
-    parse_pair(text).map(|(name, value)| EnvVar { name, value })
+    parse_pair(text)
+        .map(|(name, value)| EnvVar { name, value })
+        .map_err(|_| "expected NAME=VALUE".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn bundle(arguments: &[&str]) -> anyhow::Result<BundleRequest> {
+        let words = ["builder", "bundle", "--output", "out"]
+            .iter()
+            .chain(arguments);
+        match Arguments::try_parse_from(words)?.task {
+            Task::Bundle(options) => options.into_request(),
+            Task::Initramfs(_) => bail!("parsed as something else"),
+        }
+    }
+
+    #[test]
+    fn definition_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn exactly_one_source_is_needed() {
+        assert!(bundle(&[]).is_err());
+        assert!(bundle(&["--busybox", "--from-dir", "/"]).is_err());
+        assert!(bundle(&["--busybox", "--rootfs-in-place"]).is_err());
+        let request = bundle(&["--from-dir", "/", "--rootfs-in-place"]).unwrap();
+        assert!(matches!(
+            request.source,
+            RootfsSource::Directory { in_place: true, .. }
+        ));
+        let request = bundle(&["--busybox", "--tty"]).unwrap();
+        assert_eq!(request.source, RootfsSource::Busybox { binary: None });
+    }
+
+    #[test]
+    fn command_comes_after_two_dashes_or_by_arg_and_not_both() {
+        let args = |words: &[&str]| bundle(words).unwrap().overrides.args;
+        let expected = Some(vec!["sh".to_owned(), "-c".to_owned()]);
+        assert_eq!(args(&["--busybox", "--", "sh", "-c"]), expected);
+        assert_eq!(args(&["--busybox", "--arg", "sh", "--arg", "-c"]), expected);
+        assert_eq!(args(&["--busybox"]), None);
+        assert!(bundle(&["--busybox", "--arg", "sh", "--", "ls"]).is_err());
+    }
+
+    #[test]
+    fn tag_follows_the_colon_after_a_path_that_exists() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("a:b");
+        std::fs::create_dir(&path).unwrap();
+        let name = |suffix: &str| {
+            let mut text = path.clone().into_os_string();
+            text.push(suffix);
+            image_name(&text)
+        };
+        assert_eq!(
+            name(""),
+            ImageName {
+                path: path.clone(),
+                tag: None
+            }
+        );
+        let tag = Some("example.org:5000/app:1".to_owned());
+        assert_eq!(
+            name(":example.org:5000/app:1"),
+            ImageName {
+                path: path.clone(),
+                tag
+            }
+        );
+        // What does not exist is named as it was given.
+        let missing = image_name(OsStr::new("/no/such:tag"));
+        assert_eq!(
+            missing,
+            ImageName {
+                path: "/no/such:tag".into(),
+                tag: None
+            }
+        );
+    }
+
+    #[test]
+    fn sizes_and_pairs_are_read_or_refused() {
+        assert_eq!(parse_size("12"), Ok(12));
+        assert_eq!(parse_size("3k"), Ok(3072));
+        assert_eq!(parse_size("64G"), Ok(64 << 30));
+        for bad in ["", "G", "-1", "1.5G", "99999999999T", "1é"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        assert!(parse_extra("a:/b:/c").is_ok_and(|extra| extra.source == Path::new("a:/b")));
+        for bad in ["a", "a:b", ":/b", "a:"] {
+            assert!(parse_extra(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_pair("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));
+        assert!(parse_pair("=b").is_err());
+    }
 }

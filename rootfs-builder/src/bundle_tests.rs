@@ -298,6 +298,36 @@ fn decompression_bomb_is_stopped_at_the_limit() {
 }
 
 #[test]
+fn size_limit_counts_all_layers_together() {
+    // The bytes after an archive's end are no file's, so only the stream's own count sees them.
+    let padded = |name: &str| {
+        let mut tar = TestTar::new().file(name, "").finish();
+        tar.resize(700 << 10, 0);
+        plain(&tar)
+    };
+    let mut layout = TestLayout::new();
+    layout.list(layout.image(&[padded("a"), padded("b")], &config()));
+    let place = Place::new();
+    let mut request = place.request(layout_source(&layout));
+    request.overrides.user = Some("0".into());
+    request.limits.max_unpacked_bytes = 1 << 20;
+    let error = build(&request).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            BundleError::Unpack {
+                source: UnpackError::Limit(_),
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    place.assert_empty();
+    request.limits.max_unpacked_bytes = 2 << 20;
+    build(&request).unwrap();
+}
+
+#[test]
 fn too_many_layers_are_refused() {
     let mut layout = TestLayout::new();
     layout.list(layout.image(&layers(), &config()));

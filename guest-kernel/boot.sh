@@ -59,7 +59,7 @@ make_initramfs() {
 # what else the machine does. Without KVM's clock the guest has to be told the frequency.
 run() {
     timeout "${TIMEOUT:-120}" qemu-system-x86_64 \
-        -M microvm,acpi=off,rtc=off,pit=on,pic=on,x-option-roms=off,auto-kernel-cmdline=on \
+        -M microvm,acpi=off,rtc=on,pit=on,pic=on,x-option-roms=off,auto-kernel-cmdline=on \
         -accel tcg,thread=single -icount shift=0,sleep=off -cpu max -smp "${CPUS:-1}" -m "${MEMORY:-128}" \
         -nodefaults -no-user-config -display none -no-reboot -serial stdio \
         -kernel "$image" -initrd "$INITRAMFS" \

@@ -40,7 +40,7 @@ has_header() { printf '#include <%s>\n' "$1" | gcc -E - >/dev/null 2>&1; }
 
 # Prints the packages that are missing.
 missing_tools() {
-    for pair in flex:flex bison:bison bc:bc make:make gcc:gcc ld:binutils xz:xz-utils perl:perl-base; do
+    for pair in flex:flex bison:bison bc:bc make:make gcc:gcc ld:binutils xz:xz-utils perl:perl-base patch:patch; do
         command -v "${pair%%:*}" >/dev/null 2>&1 || echo "${pair#*:}"
     done
     has_header stdio.h || echo libc6-dev
@@ -110,6 +110,19 @@ unpack_source() {
     )
 }
 
+# The patches save start-up time and memory, the kernel is right without them. So a source update that
+# one of them no longer fits is built all the same, and says so.
+apply_patches() {
+    for patch in "$here"/patches/*.patch; do
+        [ -f "$patch" ] || continue
+        if patch -d "$work/linux" -p1 -s -f --dry-run <"$patch" >/dev/null 2>&1; then
+            patch -d "$work/linux" -p1 -s -f --no-backup-if-mismatch <"$patch" >&2
+        else
+            note "does not fit this source, left out: ${patch##*/}"
+        fi
+    done
+}
+
 # --- kernel ------------------------------------------------------------------------------------
 
 # What is found on the builder (rustc, pahole, an outer make's flags) must not reach the configuration.
@@ -128,13 +141,14 @@ configure() {
 }
 
 build_image() {
-    # The date is that of the source, so that the same inputs give the same bytes.
-    KBUILD_BUILD_TIMESTAMP=$(date -u -d "@$(stat -c %Y "$work/linux/Makefile")")
-    KBUILD_BUILD_USER=caisson KBUILD_BUILD_HOST=guest KBUILD_BUILD_VERSION=1
+    KBUILD_BUILD_TIMESTAMP=$date KBUILD_BUILD_USER=caisson KBUILD_BUILD_HOST=guest KBUILD_BUILD_VERSION=1
     export KBUILD_BUILD_TIMESTAMP KBUILD_BUILD_USER KBUILD_BUILD_HOST KBUILD_BUILD_VERSION
     note "building Linux $(kmake -s kernelversion) with $jobs jobs; this takes some minutes"
     kmake -j"$jobs" vmlinux >"$work/log" 2>&1
-    strip --strip-all --remove-section=.comment -o "$work/vmlinux" "$work/linux/vmlinux"
+    # No symbols, no padding.
+    strip --strip-all -o "$work/stripped" "$work/linux/vmlinux"
+    gcc -O2 -o "$work/elf-trim" "$here/elf-trim.c"
+    "$work/elf-trim" "$work/stripped" "$work/vmlinux"
     "$here/check.sh" --image "$work/vmlinux"
 }
 
@@ -178,6 +192,9 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 unpack_source "${source##* }"
+# The date of the source is the date of the build, so that the same inputs give the same bytes.
+date=$(date -u -d "@$(stat -c %Y "$work/linux/Makefile")")
+apply_patches
 configure
 build_image
 

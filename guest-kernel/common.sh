@@ -54,7 +54,7 @@ inputs() {
     source_id || exit 1
     { gcc --version 2>/dev/null || echo 'gcc: not installed'; } | head -n 1
     { ld --version 2>/dev/null || echo 'ld: not installed'; } | head -n 1
-    (cd "$here" && sha256sum kernel.lock common.sh build.sh check.sh inputs.sh fragments/*.config)
+    (cd "$here" && sha256sum kernel.lock common.sh build.sh check.sh inputs.sh elf-trim.c fragments/*.config patches/*.patch)
 }
 
 inputs_hash() {

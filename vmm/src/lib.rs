@@ -15,6 +15,7 @@ pub mod args;
 pub mod boot;
 pub mod builder;
 pub mod bus;
+pub mod check;
 pub mod control;
 pub mod devices;
 pub mod ending;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use caisson_vmm::args::{Arguments, Command, ConfigSource, USAGE};
 use caisson_vmm::launch::{self, StatusPipe};
-use caisson_vmm::{error, logging, sys};
+use caisson_vmm::{check, error, logging, sys};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::getppid;
@@ -27,7 +27,11 @@ fn main() -> ExitCode {
             status,
             die_with_parent,
         } => run(config, status, die_with_parent, exec_ns),
-        Command::Check { .. } => fail("--check is not supported", 1),
+        Command::Check { json } => {
+            let report = check::run();
+            let text = if json { report.json() } else { report.text() };
+            print(&text, u8::from(!report.ok))
+        }
         Command::Version => print(concat!("caisson-vmm ", env!("CARGO_PKG_VERSION"), "\n"), 0),
         Command::Help => print(USAGE, 0),
     }

@@ -289,7 +289,7 @@ fn gave_up(id: u32, fd: &mut VcpuFd, reason: Reason) -> ExitCause {
 }
 
 /// KVM_EXIT_INTERNAL_ERROR in words, with its data.
-fn internal_error(fd: &mut VcpuFd) -> String {
+pub(crate) fn internal_error(fd: &mut VcpuFd) -> String {
     // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which the kernel fills this member of the union;
     // all of its bit patterns are valid.
     let error = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };

@@ -47,6 +47,17 @@ pub fn find(
     platform: &Platform,
     limits: &Limits,
 ) -> Result<ImageParts, ImageError> {
+    if !store.contains(MANIFEST_FILE) {
+        return Err(ImageError::OtherKind {
+            missing: MANIFEST_FILE,
+            wanted: "a docker-archive",
+            hint: if store.contains("oci-layout") {
+                " but an OCI image layout: use --oci-layout"
+            } else {
+                ""
+            },
+        });
+    }
     let images: Vec<ArchivedImage> =
         read_json(store, MANIFEST_FILE, None, "list of images", limits)?;
     let image = choose(&images, tag)?;

@@ -70,7 +70,17 @@ pub enum ImageError {
     /// A digest that cannot be checked.
     #[error(transparent)]
     Digest(#[from] DigestError),
-    /// Another kind of layout, or none.
+    /// Neither a layout nor an archive of the kind asked for.
+    #[error("it holds no {missing}, so it is not {wanted}{hint}")]
+    OtherKind {
+        /// The file that makes it one.
+        missing: &'static str,
+        /// What was asked for.
+        wanted: &'static str,
+        /// What to do instead, if that can be told.
+        hint: &'static str,
+    },
+    /// A layout of another version.
     #[error("the image layout is of version {0:?}, and only {LAYOUT_VERSION} is supported")]
     LayoutVersion(String),
     /// There is no image of that tag.
@@ -139,6 +149,17 @@ pub fn find(
     platform: &Platform,
     limits: &Limits,
 ) -> Result<ImageParts, ImageError> {
+    if !store.contains(LAYOUT_FILE) {
+        return Err(ImageError::OtherKind {
+            missing: LAYOUT_FILE,
+            wanted: "an OCI image layout",
+            hint: if store.contains("manifest.json") {
+                " but a docker-archive: use --docker-archive"
+            } else {
+                ""
+            },
+        });
+    }
     let layout: OciLayout = read_json(store, LAYOUT_FILE, None, "image layout", limits)?;
     if layout.image_layout_version() != LAYOUT_VERSION {
         return Err(ImageError::LayoutVersion(

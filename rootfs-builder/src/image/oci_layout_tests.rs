@@ -246,6 +246,19 @@ fn other_layouts_media_types_and_digests_are_refused_by_name() {
 }
 
 #[test]
+fn docker_archive_is_recognised_and_the_right_option_named() {
+    let layout = TestLayout::new();
+    fs::remove_file(layout.path().join("oci-layout")).unwrap();
+    assert!(matches!(
+        find_in(&layout, None),
+        Err(ImageError::OtherKind { hint: "", .. })
+    ));
+    fs::write(layout.path().join("manifest.json"), "[]").unwrap();
+    let error = find_in(&layout, None).unwrap_err();
+    assert!(error.to_string().contains("--docker-archive"), "{error}");
+}
+
+#[test]
 fn number_of_layers_and_diff_ids_must_agree() {
     let mut layout = TestLayout::new();
     let manifest = image(&layout, "x");

@@ -51,7 +51,7 @@ impl CreateArgs {
             bundle: self.bundle.clone(),
             console_socket: self.console_socket.clone(),
             foreground,
-            monitor_arguments: global.arguments(hidden::MONITOR),
+            monitor_arguments: global.arguments(hidden::MONITOR, &id),
         };
         let store = global.store();
         let child = create(&store, &config, &request)?;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use caisson_runtime::bundle::load;
 use caisson_runtime::error::RuntimeError;
 use caisson_runtime::sandbox::exec::{self, ExecRequest};
+use caisson_runtime::sandbox::id::ContainerId;
 use caisson_runtime::sandbox::report::Channel;
 use caisson_runtime::sandbox::store::StateDir;
 use clap::Args;
@@ -106,7 +107,7 @@ pub(crate) fn run(global: &Global, args: ExecArgs) -> Result<u8, RuntimeError> {
 }
 
 fn detach(global: &Global, args: &ExecArgs, request: &ExecRequest) -> Result<u8, RuntimeError> {
-    let mut arguments = global.arguments(hidden::EXEC_MONITOR);
+    let mut arguments = global.arguments(hidden::EXEC_MONITOR, &ContainerId::new(&args.id)?);
     arguments.push(args.id.clone().into());
     let (mut channel, mut child) = Channel::spawn(&arguments)?;
     channel

@@ -205,13 +205,14 @@ impl Global {
         Ok(Config::load(self.config.as_deref())?)
     }
 
-    /// These options again, for a process of ours that runs `verb`.
-    pub(crate) fn arguments(&self, verb: &str) -> Vec<OsString> {
+    /// These options again, for a process of ours that runs `verb` for container `id`. It has the container's stderr,
+    /// so without a log of the caller's it has one in the state directory.
+    pub(crate) fn arguments(&self, verb: &str, id: &ContainerId) -> Vec<OsString> {
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
         let mut arguments = vec!["--root".into(), self.store().root().as_os_str().to_owned()];
-        if let Some(log) = &self.log {
-            arguments.extend(["--log".into(), absolute(log).into_os_string()]);
-        }
+        let own_log = || self.store().root().join(id).join("monitor.log");
+        let log = self.log.as_ref().map_or_else(own_log, absolute);
+        arguments.extend(["--log".into(), log.into_os_string()]);
         if self.log_format == LogFormat::Json {
             arguments.extend(["--log-format".into(), "json".into()]);
         }
@@ -306,7 +307,10 @@ mod tests {
         let line = "caisson --root /r --log /l --log-format json --debug state x";
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
         let mut again = vec![OsString::from("caisson")];
-        again.extend(cli.global.arguments("state"));
+        again.extend(
+            cli.global
+                .arguments("state", &ContainerId::new("x").unwrap()),
+        );
         again.push("x".into());
         let parsed = Cli::try_parse_from(again).unwrap();
         assert_eq!(format!("{:?}", parsed.global), format!("{:?}", cli.global));

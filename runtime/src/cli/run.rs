@@ -53,6 +53,10 @@ pub(crate) fn run(global: &Global, args: RunArgs) -> Result<u8, RuntimeError> {
             return Ok(0);
         }
         let status = wait(&mut child, &mut signals).await?;
+        let record = store.open(&id).and_then(|state| state.record());
+        if let Some(cause) = record.ok().and_then(|r| r.exit).and_then(|e| e.cause) {
+            log::error!("{cause}");
+        }
         if !args.keep {
             delete(&store, &id, true)?;
         }

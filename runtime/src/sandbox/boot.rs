@@ -93,7 +93,7 @@ pub(super) async fn wait_ready(
     let limit = plan.timeouts.boot();
     tokio::select! {
         ready = greeting(listener) => ready,
-        end = vm.ended() => Err(ended(vm, &end).into()),
+        end = vm.ended() => Err(ended(stage(vm), &end).into()),
         signal = terminating(signals) => Err(BootError::Interrupted(signal).into()),
         () = tokio::time::sleep(limit) => Err(BootError::Timeout {
             stage: stage(vm),
@@ -104,9 +104,9 @@ pub(super) async fn wait_ready(
 }
 
 /// A VM that ended before it was ready, with the stage that it had reached.
-pub(super) fn ended(vm: &Vm, end: &VmEnd) -> BootError {
+pub(super) fn ended(stage: &'static str, end: &VmEnd) -> BootError {
     BootError::Ended {
-        stage: stage(vm),
+        stage,
         cause: clean(&end.to_string()),
         console: ConsoleTail::new(&end.console_tail),
     }

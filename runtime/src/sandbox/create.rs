@@ -92,13 +92,13 @@ fn make(
     }
     arguments.push(request.id.as_str().into());
     let (channel, mut child) = Channel::spawn(&arguments)?;
-    match channel.outcome(&mut child) {
-        Ok(()) => Ok(child),
-        Err(error) => {
-            // It ends by itself after a report of failure; `destroy` makes sure.
-            Err(error)
-        }
+    if let Err(error) = channel.outcome(&mut child) {
+        // It has undone what it made before it told, and is about to end; no longer than this.
+        child.kill().unwrap_or_default();
+        child.wait().map(drop).unwrap_or_default();
+        return Err(error);
     }
+    Ok(child)
 }
 
 fn check_terminal(bundle: &Bundle, request: &CreateRequest) -> Result<(), OrderError> {
@@ -118,7 +118,8 @@ fn check_terminal(bundle: &Bundle, request: &CreateRequest) -> Result<(), OrderE
 fn new_record(id: &ContainerId, bundle: &Bundle, plan: &Plan) -> Record {
     let cgroup = Cgroup::available().then(|| plan.cgroup.clone());
     if cgroup.is_none() {
-        log::warn!("cgroup v2 is not mounted on /sys/fs/cgroup: the pod has no cgroup of its own");
+        // `caisson check` tells; said at every create it would only be in the way.
+        log::debug!("cgroup v2 is not mounted on /sys/fs/cgroup: the pod has no cgroup of its own");
     }
     Record {
         version: RECORD_VERSION,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::id::ContainerId;
-use super::state::{Phase, Record, Status};
+use super::state::{Record, Status};
 use super::store::{StateDir, StateLock, Store, StoreError};
 use crate::error::{OrderError, RuntimeError};
 use crate::resources::cgroup::Cgroup;
@@ -62,7 +62,8 @@ pub(crate) fn destroy(state: &StateDir) -> Result<(), RuntimeError> {
 }
 
 fn kill_all(record: &Record) -> Result<(), RuntimeError> {
-    if record.phase == Phase::Stopped
+    // Also when its VM has just ended: whoever waits for it is to get the right status.
+    if record.status() == Status::Stopped
         && let Some(monitor) = record.monitor
     {
         monitor.wait_end(END_LIMIT);
@@ -97,6 +98,7 @@ fn remove(lock: StateLock<'_>) -> Result<(), RuntimeError> {
 #[cfg(test)]
 mod tests {
     use super::super::process::ProcessRef;
+    use super::super::state::Phase;
     use super::super::state::tests::record;
     use super::*;
 

@@ -42,6 +42,9 @@ use crate::vm::spawn::{Vm, VmEnd, run_in_namespace};
 /// Exit status of a container whose VM died under it: as if by SIGKILL.
 const VM_DIED: u8 = 128 + 9;
 
+/// The stage of a start after the boot.
+const BUILDING: &str = "while the agent made the container";
+
 /// What this process was started with.
 #[derive(Debug)]
 pub struct MonitorRequest {
@@ -169,7 +172,7 @@ async fn make(
         tokio::select! {
             built = build => Some(built),
             end = vm.ended() => {
-                return Err(boot::ended(&vm, &end).into());
+                return Err(boot::ended(BUILDING, &end).into());
             }
             signal = boot::terminating(&mut signals) => {
                 return Err(crate::error::BootError::Interrupted(signal).into());
@@ -210,7 +213,7 @@ async fn make(
 async fn explain(vm: &mut Vm, error: RuntimeError) -> RuntimeError {
     let limit = std::time::Duration::from_millis(500);
     match tokio::time::timeout(limit, vm.ended()).await {
-        Ok(end) => boot::ended(vm, &end).into(),
+        Ok(end) => boot::ended(BUILDING, &end).into(),
         Err(_) => error,
     }
 }

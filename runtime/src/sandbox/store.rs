@@ -307,6 +307,13 @@ fn remove_tree(path: &Path) -> io::Result<()> {
         other => other,
     };
     ignore_missing(fs::remove_dir(path.join("shared")))?;
+    // A process that is being started for a container that is being deleted may still put its log here, once.
+    for _ in 0..16 {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            other => return ignore_missing(other),
+        }
+    }
     ignore_missing(fs::remove_dir_all(path))
 }
 

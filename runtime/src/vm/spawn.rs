@@ -47,6 +47,8 @@ pub struct Vm {
     partial: Vec<u8>,
     /// [`VmEvent::Started`]: when the VMM began, and when its vCPUs did; CLOCK_MONOTONIC, nanoseconds.
     pub started: Option<(u64, u64)>,
+    /// [`VmEvent::Exited`], once it was read.
+    said: Option<(ExitCause, String)>,
     end: Option<VmEnd>,
 }
 
@@ -147,6 +149,7 @@ impl Vm {
             status,
             partial: Vec::new(),
             started: None,
+            said: None,
             end: None,
         })
     }
@@ -166,14 +169,13 @@ impl Vm {
         if let Some(end) = &self.end {
             return end.clone();
         }
-        let mut said = None;
         let mut chunk = [0; 4096];
         let mut open = true;
         loop {
             tokio::select! {
                 biased;
                 read = self.status.read(&mut chunk), if open => match read {
-                    Ok(count) if count > 0 => said = self.take_lines(&chunk[..count]).or(said),
+                    Ok(count) if count > 0 => self.take_lines(&chunk[..count]),
                     Ok(_) | Err(_) => open = false,
                 },
                 () = self.watch.ended() => break,
@@ -181,11 +183,11 @@ impl Vm {
         }
         while open {
             match self.status.try_read(&mut chunk) {
-                Ok(count) if count > 0 => said = self.take_lines(&chunk[..count]).or(said),
+                Ok(count) if count > 0 => self.take_lines(&chunk[..count]),
                 Ok(_) | Err(_) => open = false,
             }
         }
-        let (cause, console_tail) = said.unzip();
+        let (cause, console_tail) = self.said.take().unzip();
         let end = VmEnd {
             cause,
             console_tail: console_tail.unwrap_or_default(),
@@ -194,8 +196,7 @@ impl Vm {
         self.end.insert(end).clone()
     }
 
-    fn take_lines(&mut self, bytes: &[u8]) -> Option<(ExitCause, String)> {
-        let mut exited = None;
+    fn take_lines(&mut self, bytes: &[u8]) {
         for byte in bytes {
             if *byte != b'\n' {
                 // A longer line is cut, and then no event.
@@ -209,12 +210,11 @@ impl Vm {
                 Ok(VmEvent::Exited {
                     cause,
                     console_tail,
-                }) => exited = Some((cause, console_tail)),
+                }) => self.said = Some((cause, console_tail)),
                 Err(error) => log::warn!("a line on the status pipe is no event: {error}"),
             }
             self.partial.clear();
         }
-        exited
     }
 }
 

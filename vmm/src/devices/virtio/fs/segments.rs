@@ -9,7 +9,7 @@
 use std::ops::Deref;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemory as _, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Address, GuestAddress, GuestMemory as _, GuestMemoryMmap, VolatileSlice};
 
 /// Most slices of one chain, both directions together: what one preadv(2) takes (IOV_MAX).
 pub(crate) const MAX_SEGMENTS: usize = 1024;
@@ -119,6 +119,8 @@ pub(crate) struct Chain<'a> {
     pub(crate) readable: Segments<'a>,
     /// Device-writable part.
     pub(crate) writable: Segments<'a>,
+    /// Guest physical address of its last byte, where some devices put a status.
+    pub(crate) last_writable: Option<GuestAddress>,
 }
 
 impl<'a> Chain<'a> {
@@ -155,6 +157,10 @@ impl<'a> Chain<'a> {
                 };
                 side.push(slice);
             }
+            if writable && descriptor.len() > 0 {
+                let last = u64::from(descriptor.len() - 1);
+                collected.last_writable = descriptor.addr().checked_add(last);
+            }
         }
         Ok(collected)
     }
@@ -166,7 +172,7 @@ mod tests {
     use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::Bytes;
 
     const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 
@@ -224,6 +230,7 @@ mod tests {
         let memory = memory();
         let chain = collect(&memory, &[descriptor(0xfff0, 0x20, WRITE)]).unwrap();
         assert_eq!(chain.writable.slices().len(), 2);
+        assert_eq!(chain.last_writable, Some(GuestAddress(0x1000f)));
         assert_eq!(chain.writable.copy_from(&[7; 0x20]), 0x20);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x1000f)).unwrap(), 7);
         for (address, len) in [(0x1fff0, 0x11), (0x20000, 1), (u64::MAX, 1), (0, u32::MAX)] {

@@ -72,6 +72,7 @@ impl Server {
         let Chain {
             mut readable,
             writable,
+            ..
         } = chain;
         let readable_len = readable.len();
         let Some((header, body)) = take_header(&mut readable) else {

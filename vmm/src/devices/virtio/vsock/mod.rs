@@ -33,6 +33,8 @@ mod packet;
 mod ring;
 pub mod state;
 #[cfg(test)]
+mod test_driver;
+#[cfg(test)]
 mod test_guest;
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd as _, RawFd};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
 use vm_memory::GuestMemoryMmap;
 
-use crate::devices::virtio::device::{ActiveQueue, Interrupt, QueueSnapshot};
+use crate::devices::virtio::device::{ActiveQueue, QueueSnapshot};
 
 /// The guest broke the ring: the device needs a reset.
 #[derive(Debug, thiserror::Error)]
@@ -119,22 +119,17 @@ impl Ring {
         }
     }
 
-    /// Tells the guest of used buffers, if there are and if it wants to hear of them.
+    /// Whether the guest is to be told of buffers used since this was last asked.
     ///
     /// # Errors
     /// When the ring is broken.
-    pub(super) fn tell(
-        &mut self,
-        mem: &GuestMemoryMmap,
-        interrupt: &Interrupt,
-    ) -> Result<(), RingBroken> {
-        if let Some(active) = &mut self.active
-            && std::mem::take(&mut self.used)
-            && active.queue.needs_notification(mem)?
-        {
-            interrupt.signal_used();
+    pub(super) fn needs_signal(&mut self, mem: &GuestMemoryMmap) -> Result<bool, RingBroken> {
+        match &mut self.active {
+            Some(active) if std::mem::take(&mut self.used) => {
+                Ok(active.queue.needs_notification(mem)?)
+            }
+            Some(_) | None => Ok(false),
         }
-        Ok(())
     }
 
     /// Its registers and positions.

@@ -183,9 +183,15 @@ impl VsockWorker {
         if self.reset_owed {
             self.send_transport_reset(mem)?;
         }
-        self.tx.tell(mem, &self.interrupt)?;
-        self.rx.tell(mem, &self.interrupt)?;
-        self.events.tell(mem, &self.interrupt)
+        // All queues share the line: one interrupt tells of them all.
+        let mut signal = false;
+        for ring in [&mut self.tx, &mut self.rx, &mut self.events] {
+            signal |= ring.needs_signal(mem)?;
+        }
+        if signal {
+            self.interrupt.signal_used();
+        }
+        Ok(())
     }
 
     /// Tells the guest that all its streams are gone, when it has an event buffer.

@@ -8,8 +8,8 @@
 //! - [`device`]: the virtio face: features, configuration space, life cycle;
 //! - `worker`: one thread per queue, takes chains off the ring;
 //! - `segments`: a chain as checked slices of guest memory;
-//! - `request`, `names`: the guest's bytes, parsed without I/O;
-//! - `server`, `operations`: what each FUSE operation does;
+//! - `request`, `body`, `names`: the guest's bytes, parsed without I/O;
+//! - `server`, `operations`, `transfer`: what each FUSE operation does;
 //! - `passthrough`: the host's files, by virtiofsd's `PassthroughFs`;
 //! - `reply`: the answer.
 //!
@@ -21,6 +21,7 @@
 //! seen; its path must stay valid. A directory that the guest looked up *before* something was mounted on it
 //! keeps showing what was there until the guest's cache entry runs out: mount first, tell the guest then.
 
+mod body;
 pub mod device;
 mod names;
 mod operations;
@@ -32,6 +33,7 @@ mod server;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod worker;
 
 use std::path::PathBuf;

@@ -5,20 +5,18 @@
 //! Node ids and handles are looked up by the passthrough file system, which answers `EBADF` to forged ones.
 //! Flags of open(2) are masked here, kinds of special files chosen.
 
-use std::fs::File;
 use std::io;
 use std::sync::atomic::Ordering;
 
 use virtiofsd::filesystem::{
     Context, DirEntry, DirectoryIterator, Entry, Extensions, FileSystem, GetxattrReply,
-    ListxattrReply, OpenOptions, ZeroCopyReader, ZeroCopyWriter,
+    ListxattrReply, OpenOptions,
 };
 use virtiofsd::fuse::{
     Attr, AttrOut, CopyfilerangeIn, CreateIn, EntryOut, GetxattrOut, InHeader, Kstatfs, LseekIn,
     LseekOut, MknodIn, OPEN_KILL_SUIDGID, OpenOut, ReadIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn,
     WriteOut,
 };
-use virtiofsd::oslib::{ReadvFlags, WritevFlags};
 use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::ByteValued;
 
@@ -28,6 +26,7 @@ use super::request::{MAX_DATA, NewEntry, Operation};
 use super::segments::Segments;
 use super::server::Server;
 use super::sys;
+use super::transfer::{FileToGuest, GuestToFile};
 
 /// Flags of open(2) that a guest may set. Not among them: O_PATH, O_TMPFILE, O_CREAT, O_CLOEXEC and O_ASYNC,
 /// which are the server's business.
@@ -502,72 +501,4 @@ fn as_user<T>(
         identity.restore(had_groups);
     }
     made
-}
-
-/// Reads a file straight into guest memory.
-struct FileToGuest<'a>(Segments<'a>);
-
-impl ZeroCopyWriter for FileToGuest<'_> {
-    fn read_from_file_at(
-        &mut self,
-        file: &File,
-        count: usize,
-        offset: u64,
-        _flags: Option<ReadvFlags>,
-    ) -> io::Result<usize> {
-        transfer(&mut self.0, count, offset, |left, offset| {
-            sys::read_at(file, left.slices(), offset)
-        })
-    }
-}
-
-/// Writes guest memory straight into a file.
-struct GuestToFile<'a>(Segments<'a>);
-
-impl ZeroCopyReader for GuestToFile<'_> {
-    fn write_to_file_at(
-        &mut self,
-        file: &File,
-        count: usize,
-        offset: u64,
-        flags: Option<WritevFlags>,
-    ) -> io::Result<usize> {
-        let flags = flags.map_or(0, |flags| flags.bits());
-        transfer(&mut self.0, count, offset, |left, offset| {
-            sys::write_at(file, left.slices(), offset, flags)
-        })
-    }
-}
-
-/// Calls `step` until `count` bytes are moved or nothing moves any more. What was moved before an error counts.
-fn transfer<'a>(
-    segments: &mut Segments<'a>,
-    count: usize,
-    mut offset: u64,
-    mut step: impl FnMut(&Segments<'a>, u64) -> io::Result<usize>,
-) -> io::Result<usize> {
-    let mut left = std::mem::take(segments);
-    let count = count.min(left.len());
-    left.split_off(count);
-    let mut done = 0;
-    while done < count {
-        match step(&left, offset) {
-            Ok(0) => break,
-            Ok(moved) => {
-                done += moved;
-                let Some(rest) = left.split_off(moved) else {
-                    break;
-                };
-                left = rest;
-                let moved = moved as u64;
-                offset = offset
-                    .checked_add(moved)
-                    .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) if done > 0 => break,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
 }

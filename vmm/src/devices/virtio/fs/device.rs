@@ -18,7 +18,7 @@ use virtio_queue::Queue;
 use virtiofsd::filesystem::SerializableFileSystem;
 
 use super::FsDeviceError;
-use super::passthrough;
+use super::passthrough::Host;
 use super::server::Server;
 use super::worker::FsWorker;
 use crate::devices::virtio::device::{
@@ -79,7 +79,7 @@ impl FsState {
 }
 
 impl FsDevice {
-    /// A device for `config`; the directory is opened when the guest mounts it.
+    /// A device for `config`; the directory is open from now on.
     ///
     /// Raises the process's soft limit of open files to its hard one.
     ///
@@ -111,7 +111,7 @@ impl FsDevice {
             config: config.clone(),
             config_space,
             queue_sizes,
-            server: Arc::new(Server::new(passthrough::open(config)?)),
+            server: Arc::new(Server::new(Host::open(config)?)),
             state: State::Inactive,
         })
     }
@@ -168,10 +168,14 @@ impl FsDevice {
     /// Inodes and open files, as virtiofsd migrates them.
     fn save_file_system(&self) -> std::io::Result<Vec<u8>> {
         let mut file = memory_file()?;
-        self.server
-            .fs
-            .prepare_serialization(Arc::new(AtomicBool::new(false)));
-        self.server.fs.serialize(file.try_clone()?)?;
+        let copy = file.try_clone()?;
+        let host = &self.server.host;
+        host.on_thread(|| {
+            host.fs
+                .prepare_serialization(Arc::new(AtomicBool::new(false)));
+            host.fs.serialize(copy)
+        })
+        .flatten()?;
         file.seek(SeekFrom::Start(0))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
@@ -182,7 +186,9 @@ impl FsDevice {
         let mut file = memory_file()?;
         file.write_all(bytes)?;
         file.seek(SeekFrom::Start(0))?;
-        self.server.fs.deserialize_and_apply(file)
+        let host = &self.server.host;
+        host.on_thread(|| host.fs.deserialize_and_apply(file))
+            .flatten()
     }
 }
 

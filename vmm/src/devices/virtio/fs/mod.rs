@@ -17,9 +17,10 @@
 //! lets this process do, and reach nothing else. Device nodes, FIFOs and sockets of the host are never opened
 //! (the guest's kernel has its own behind those names), and it cannot make device nodes either.
 //!
-//! The directory is looked up anew at each mount by the guest, so that mounts moved onto or below it later are
-//! seen; its path must stay valid. A directory that the guest looked up *before* something was mounted on it
-//! keeps showing what was there until the guest's cache entry runs out: mount first, tell the guest then.
+//! The directory is opened when the device is made, in the mount namespace of that moment. Mounts that are moved
+//! below it later are seen and announced as submounts; one moved onto it is not. A directory that the guest looked
+//! up *before* something was mounted on it keeps showing what was there until the guest's cache entry runs out:
+//! mount first, tell the guest then.
 
 mod body;
 pub mod device;
@@ -54,12 +55,6 @@ pub enum FsDeviceError {
     Queues {
         /// What was given.
         queues: u16,
-    },
-    /// The directory's path is relative or not UTF-8.
-    #[error("directory {path:?} is not an absolute path in UTF-8")]
-    DirectoryName {
-        /// The path.
-        path: PathBuf,
     },
     /// The directory cannot be served.
     #[error("failed to open directory {path}")]

@@ -60,7 +60,7 @@ impl Server {
     ) -> u32 {
         let context = Context::from(*header);
         let node = header.nodeid;
-        let fs = &self.fs;
+        let fs = &self.host.fs;
         match operation {
             Operation::Lookup(name) => self.entry(reply, fs.lookup(context, node, name.as_c_str())),
             Operation::Getattr(handle) => self.attr(reply, fs.getattr(context, node, handle)),
@@ -107,7 +107,7 @@ impl Server {
     fn answer_file(&self, header: &InHeader, operation: Operation<'_>, reply: Reply<'_>) -> u32 {
         let context = Context::from(*header);
         let node = header.nodeid;
-        let fs = &self.fs;
+        let fs = &self.host.fs;
         match operation {
             Operation::Open { flags, kill_priv } => {
                 self.opened(reply, fs.open(context, node, kill_priv, open_flags(flags)))
@@ -159,7 +159,7 @@ impl Server {
     fn answer_create(&self, header: &InHeader, operation: Operation<'_>, reply: Reply<'_>) -> u32 {
         let context = Context::from(*header);
         let node = header.nodeid;
-        let fs = &self.fs;
+        let fs = &self.host.fs;
         match operation {
             Operation::Symlink { entry, target } => {
                 let made = as_user(&context, entry, |name, groups| {
@@ -209,7 +209,7 @@ impl Server {
     fn answer_xattr(&self, header: &InHeader, operation: Operation<'_>, reply: Reply<'_>) -> u32 {
         let context = Context::from(*header);
         let node = header.nodeid;
-        let fs = &self.fs;
+        let fs = &self.host.fs;
         match operation {
             Operation::Setxattr {
                 name,
@@ -247,7 +247,7 @@ impl Server {
     fn list_xattrs(&self, context: Context, node: u64) -> io::Result<Vec<u8>> {
         /// XATTR_LIST_MAX.
         const LIST_MAX: u32 = 64 << 10;
-        let names = match self.fs.listxattr(context, node, LIST_MAX)? {
+        let names = match self.host.fs.listxattr(context, node, LIST_MAX)? {
             ListxattrReply::Names(names) => names,
             ListxattrReply::Count(_) => Vec::new(),
         };
@@ -267,7 +267,7 @@ impl Server {
             return self.fail(reply, libc::EINVAL);
         };
         let context = Context::from(*header);
-        let read = self.fs.read(
+        let read = self.host.fs.read(
             context,
             header.nodeid,
             args.fh,
@@ -299,7 +299,7 @@ impl Server {
             return self.fail(reply, libc::EINVAL);
         }
         let context = Context::from(*header);
-        let written = self.fs.write(
+        let written = self.host.fs.write(
             context,
             header.nodeid,
             args.fh,
@@ -330,14 +330,18 @@ impl Server {
         }
         let context = Context::from(*header);
         let (node, offset) = (header.nodeid, args.offset);
-        match self.fs.lseek(context, node, args.fh, offset, args.whence) {
+        match self
+            .host
+            .fs
+            .lseek(context, node, args.fh, offset, args.whence)
+        {
             Ok(offset) => reply.ok(&[LseekOut { offset }.as_slice()]),
             Err(error) => self.failed(reply, &error),
         }
     }
 
     fn copy(&self, header: &InHeader, args: CopyfilerangeIn, reply: Reply<'_>) -> u32 {
-        let copied = self.fs.copyfilerange(
+        let copied = self.host.fs.copyfilerange(
             Context::from(*header),
             header.nodeid,
             args.fh_in,
@@ -360,6 +364,7 @@ impl Server {
         let size = u32::try_from(max).unwrap_or(0);
         let context = Context::from(*header);
         let opened = self
+            .host
             .fs
             .readdir(context, header.nodeid, args.fh, size, args.offset);
         let mut entries = match opened {
@@ -383,6 +388,7 @@ impl Server {
         let name = entry.name.to_bytes();
         if name != b"." && name != b".." {
             let found = self
+                .host
                 .fs
                 .lookup(Context::from(*header), header.nodeid, entry.name);
             if let Ok(found) = found {

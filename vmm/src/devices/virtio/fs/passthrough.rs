@@ -6,17 +6,20 @@
 //! handles would need CAP_DAC_READ_SEARCH on the host.) So their number is bounded by RLIMIT_NOFILE, whose
 //! soft limit is raised to the hard one; at the bound the guest sees `ENFILE` and goes on with what it has.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use caisson_protocol::vm::{CachePolicy, FsConfig};
-use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtiofsd::passthrough::{
     CachePolicy as GuestCache, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
 };
 
-use super::FsDeviceError;
+use super::{FsDeviceError, sys};
 
 /// Most descriptors this process asks for.
 const DESCRIPTORS_MAX: u64 = 1 << 20;
@@ -27,40 +30,88 @@ const DESCRIPTORS_MIN: u64 = 64;
 /// How long "for ever" is.
 const FOREVER: Duration = Duration::from_secs(86_400);
 
-/// Makes the file system for `config`.
+/// The served directory, open, and the file system over it.
 ///
-/// # Errors
-/// When the directory is not one, or the process may open too few files.
-pub(super) fn open(config: &FsConfig) -> Result<PassthroughFs, FsDeviceError> {
-    let directory = &config.directory;
-    let failed = |source| FsDeviceError::Directory {
-        path: directory.clone(),
-        source,
-    };
-    let metadata = std::fs::metadata(directory).map_err(failed)?;
-    if !metadata.is_dir() {
-        return Err(failed(std::io::Error::from_raw_os_error(libc::ENOTDIR)));
+/// The passthrough file system finds its root anew at each mount by the guest, by a path. That path is `.`: each
+/// thread that serves has the directory as its working directory. So it does not matter what the process's root
+/// and mounts become later, nor whether `/proc` is still there.
+pub(super) struct Host {
+    pub(super) fs: PassthroughFs,
+    directory: OwnedFd,
+    descriptors: OwnedFd,
+}
+
+impl Host {
+    /// Opens the directory of `config`.
+    ///
+    /// # Errors
+    /// When it is no directory, or the process may open too few files.
+    pub(super) fn open(config: &FsConfig) -> Result<Self, FsDeviceError> {
+        let limit = raise_descriptor_limit()?;
+        Self::open_limited(config, limit)
     }
-    let root = root_string(directory)?;
-    let limit = raise_descriptor_limit()?;
-    // `PassthroughFs::new` clears the umask of the process; ours is per thread (see `sys`).
-    let before = umask(Mode::empty());
-    let fs = PassthroughFs::new(settings(root, config.cache, limit));
-    umask(before);
-    fs.map_err(failed)
-}
 
-fn root_string(directory: &Path) -> Result<String, FsDeviceError> {
-    directory
-        .to_str()
-        .filter(|_| directory.is_absolute())
-        .map(str::to_owned)
-        .ok_or_else(|| FsDeviceError::DirectoryName {
-            path: directory.to_owned(),
+    /// As [`Self::open`], with `limit` descriptors for the guest.
+    pub(super) fn open_limited(config: &FsConfig, limit: u64) -> Result<Self, FsDeviceError> {
+        let failed = |path: &Path, source: io::Error| FsDeviceError::Directory {
+            path: path.to_owned(),
+            source,
+        };
+        let open = |path: &Path| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed(path, error.into()))
+        };
+        let directory = open(&config.directory)?;
+        let descriptors = open(Path::new("/proc/self/fd"))?;
+        let fs = on_thread(&directory, &descriptors, || {
+            let copy = descriptors.try_clone()?;
+            PassthroughFs::new(settings(config.cache, limit, copy.into()))
         })
+        .flatten()
+        .map_err(|source| failed(&config.directory, source))?;
+        Ok(Self {
+            fs,
+            directory,
+            descriptors,
+        })
+    }
+
+    /// Makes the calling thread, which must serve nothing else, fit to call the file system.
+    ///
+    /// # Errors
+    /// As [`sys::prepare_thread`].
+    pub(super) fn prepare_thread(&self) -> io::Result<()> {
+        sys::prepare_thread(self.directory.as_fd(), self.descriptors.as_fd())
+    }
+
+    /// Calls `work` on a thread that is fit to, and waits for it.
+    ///
+    /// # Errors
+    /// When there is no such thread to be had.
+    pub(super) fn on_thread<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        on_thread(&self.directory, &self.descriptors, work)
+    }
 }
 
-fn settings(root_dir: String, cache: CachePolicy, guest_fd_limit: u64) -> Config {
+fn on_thread<T: Send>(
+    directory: &OwnedFd,
+    descriptors: &OwnedFd,
+    work: impl FnOnce() -> T + Send,
+) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("fs-setup".to_owned())
+            .spawn_scoped(scope, || {
+                sys::prepare_thread(directory.as_fd(), descriptors.as_fd())?;
+                Ok(work())
+            })?;
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+    })
+}
+
+fn settings(cache: CachePolicy, guest_fd_limit: u64, descriptors: File) -> Config {
     let (cache_policy, timeout) = match cache {
         CachePolicy::Never => (GuestCache::Never, Duration::ZERO),
         CachePolicy::Auto => (GuestCache::Auto, Duration::from_secs(1)),
@@ -70,7 +121,8 @@ fn settings(root_dir: String, cache: CachePolicy, guest_fd_limit: u64) -> Config
         entry_timeout: timeout,
         attr_timeout: timeout,
         cache_policy,
-        root_dir,
+        root_dir: ".".to_owned(),
+        proc_sfd_rawfd: Some(descriptors),
         writeback: false,
         xattr: true,
         announce_submounts: true,
@@ -119,7 +171,7 @@ mod tests {
 
     #[test]
     fn cache_policies_are_those_of_virtiofsd() {
-        let settings = |cache| settings("/x".to_owned(), cache, 1000);
+        let settings = |cache| settings(cache, 1000, File::open("/proc/self/fd").unwrap());
         assert_eq!(settings(CachePolicy::Never).attr_timeout, Duration::ZERO);
         assert_eq!(settings(CachePolicy::Auto).entry_timeout.as_secs(), 1);
         assert_eq!(settings(CachePolicy::Always).entry_timeout, FOREVER);
@@ -128,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn the_served_directory_must_be_an_absolute_directory() {
+    fn the_served_directory_must_be_a_directory() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         std::fs::write(&file, b"").unwrap();
@@ -138,18 +190,34 @@ mod tests {
             queues: 1,
             cache: CachePolicy::Auto,
         };
-        assert!(open(&config(directory.path())).is_ok());
-        assert!(matches!(
-            open(&config(&file)),
-            Err(FsDeviceError::Directory { .. })
-        ));
-        assert!(matches!(
-            open(&config(&directory.path().join("missing"))),
-            Err(FsDeviceError::Directory { .. })
-        ));
-        assert!(matches!(
-            open(&config(Path::new("."))),
-            Err(FsDeviceError::DirectoryName { .. })
-        ));
+        assert!(Host::open(&config(directory.path())).is_ok());
+        for bad in [file, directory.path().join("missing")] {
+            assert!(matches!(
+                Host::open(&config(&bad)),
+                Err(FsDeviceError::Directory { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn the_process_keeps_its_umask_and_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = FsConfig {
+            tag: "t".to_owned(),
+            directory: directory.path().to_owned(),
+            queues: 1,
+            cache: CachePolicy::Auto,
+        };
+        let state = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let umask = status.lines().find(|line| line.starts_with("Umask:"));
+            (umask.map(str::to_owned), std::env::current_dir().unwrap())
+        };
+        let before = state();
+        let host = Host::open(&config).unwrap();
+        let inside = host.on_thread(state).unwrap();
+        assert_eq!(state(), before);
+        assert_eq!(inside.0.as_deref(), Some("Umask:\t0000"));
+        assert_eq!(inside.1, directory.path());
     }
 }

@@ -15,9 +15,9 @@ use virtiofsd::fuse::{
     InHeader, InitInCompat, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION,
     MIN_KERNEL_MINOR_VERSION, Opcode, WriteIn,
 };
-use virtiofsd::passthrough::PassthroughFs;
 use vm_memory::ByteValued;
 
+use super::passthrough::Host;
 use super::reply::Reply;
 use super::request::{Dialect, MAX_DATA, MAX_REQUEST, Operation, RequestError, has_reply};
 use super::segments::{Chain, Segments};
@@ -42,7 +42,7 @@ pub(super) struct Counters {
 
 /// A file system and what was agreed on about it. Shared by the device's threads.
 pub(super) struct Server {
-    pub(super) fs: PassthroughFs,
+    pub(super) host: Host,
     negotiated: AtomicU64,
     pub(super) counters: Counters,
 }
@@ -57,10 +57,10 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    /// A server of `fs`; nothing is agreed on yet.
-    pub(super) fn new(fs: PassthroughFs) -> Self {
+    /// A server of `host`; nothing is agreed on yet.
+    pub(super) fn new(host: Host) -> Self {
         Self {
-            fs,
+            host,
             negotiated: AtomicU64::new(0),
             counters: Counters::default(),
         }
@@ -105,7 +105,7 @@ impl Server {
 
     /// Forgets all inodes, handles and what was agreed on: the guest unmounted, or is gone.
     pub(super) fn destroy(&self) {
-        self.fs.destroy();
+        self.host.fs.destroy();
         self.negotiated.store(0, Ordering::Relaxed);
     }
 
@@ -147,7 +147,7 @@ impl Server {
             | FsOptions::CREATE_SUPP_GROUP
             | FsOptions::ALLOW_IDMAP;
         let capable = FsOptions::from_bits_truncate(flags);
-        let enabled = capable & (self.fs.init(capable)? | supported);
+        let enabled = capable & (self.host.fs.init(capable)? | supported);
         self.negotiated.store(enabled.bits(), Ordering::Relaxed);
         let [low, high] = [enabled.bits(), enabled.bits() >> 32]
             .map(|half| u32::try_from(half & u64::from(u32::MAX)).unwrap_or(0));
@@ -174,8 +174,8 @@ impl Server {
     fn forget(&self, header: &InHeader, operation: Operation<'_>) -> u32 {
         let context = Context::from(*header);
         match operation {
-            Operation::Forget(count) => self.fs.forget(context, header.nodeid, count),
-            Operation::BatchForget(nodes) => self.fs.batch_forget(context, nodes),
+            Operation::Forget(count) => self.host.fs.forget(context, header.nodeid, count),
+            Operation::BatchForget(nodes) => self.host.fs.batch_forget(context, nodes),
             // INTERRUPT: nothing here waits for ever.
             _ => {}
         }

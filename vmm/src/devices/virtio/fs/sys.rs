@@ -6,10 +6,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::fs::Mode;
-use rustix::process::umask;
+use rustix::process::{fchdir, umask};
 use rustix::thread::{UnshareFlags, set_thread_groups, unshare_unsafe};
 use vm_memory::VolatileSlice;
 
@@ -65,13 +65,16 @@ fn ranges(count: usize, offset: u64) -> io::Result<(i32, i64)> {
     ))
 }
 
-/// Makes the calling thread fit to create files for the guest: its own working directory and umask (the
-/// passthrough file system changes both), umask 0, and no supplementary groups (CVE-2022-0358).
+/// Makes the calling thread fit to serve `directory`: a working directory (that one) and umask of its own, as the
+/// passthrough file system changes both; umask 0; no supplementary groups (CVE-2022-0358).
 ///
 /// # Errors
-/// When the thread cannot be separated, or cannot reach `/proc/self/fd`, without which special files have no
-/// extended attributes.
-pub(super) fn prepare_thread() -> io::Result<()> {
+/// When the thread cannot be separated, or cannot go to `descriptors` (`/proc/self/fd`) and back, without which
+/// special files have no extended attributes, and the passthrough file system gives up the process.
+pub(super) fn prepare_thread(
+    directory: BorrowedFd<'_>,
+    descriptors: BorrowedFd<'_>,
+) -> io::Result<()> {
     // SAFETY: CLONE_FS separates working directory, root and umask of this thread from the others'; no
     // descriptor or memory is touched.
     unsafe { unshare_unsafe(UnshareFlags::FS) }?;
@@ -80,10 +83,8 @@ pub(super) fn prepare_thread() -> io::Result<()> {
         // Without CAP_SETGID the thread cannot take on other groups either, and keeps its own.
         log::debug!("fs: supplementary groups stay: {error}");
     }
-    // The passthrough file system goes there and back, and gives up the process when it cannot.
-    let here = File::open(".")?;
-    rustix::process::chdir("/proc/self/fd")?;
-    rustix::process::fchdir(&here)?;
+    fchdir(descriptors)?;
+    fchdir(directory)?;
     Ok(())
 }
 

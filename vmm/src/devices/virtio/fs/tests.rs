@@ -19,9 +19,9 @@ use virtiofsd::fuse::{
 };
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::passthrough::Host;
 use super::segments::Chain;
 use super::server::Server;
-use super::{passthrough, sys};
 
 /// Where a request is put, and where its answer.
 const REQUEST: u64 = 0x10_0000;
@@ -93,9 +93,10 @@ fn init_body() -> Vec<u8> {
 impl Guest {
     /// A guest that has not said INIT yet.
     fn unmounted() -> Self {
-        sys::prepare_thread().unwrap();
         let directory = tempfile::tempdir().unwrap();
-        let server = Server::new(passthrough::open(&config(directory.path())).unwrap());
+        let host = Host::open(&config(directory.path())).unwrap();
+        host.prepare_thread().unwrap();
+        let server = Server::new(host);
         Self {
             directory,
             server,

@@ -15,7 +15,6 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::segments::Chain;
 use super::server::Server;
-use super::sys;
 use crate::devices::virtio::device::{ActiveQueue, GuestMemory, Interrupt};
 use crate::worker::{Poller, Worker};
 
@@ -112,7 +111,9 @@ impl FsWorker {
 
 impl Worker for FsWorker {
     fn start(&mut self, poller: &Poller) -> io::Result<()> {
-        let started = sys::prepare_thread()
+        let host = &self.server.host;
+        let started = host
+            .prepare_thread()
             .and_then(|()| poller.add(self.queue.kick.as_raw_fd(), KICK, EventSet::IN));
         if let Err(error) = started {
             self.interrupt.needs_reset();

@@ -280,20 +280,15 @@ fn supplementary_groups_count_for_their_request_alone() {
 
 #[test]
 fn the_number_of_open_files_is_bounded() {
-    sys::prepare_thread().unwrap();
     let directory = tempfile::tempdir().unwrap();
     for name in 0..50 {
         std::fs::write(directory.path().join(name.to_string()), b"").unwrap();
     }
-    let fs = virtiofsd::passthrough::PassthroughFs::new(virtiofsd::passthrough::Config {
-        root_dir: directory.path().to_str().unwrap().to_owned(),
-        guest_fd_limit: 10,
-        ..Default::default()
-    })
-    .unwrap();
+    let host = Host::open_limited(&config(directory.path()), 10).unwrap();
+    host.prepare_thread().unwrap();
     let guest = Guest {
         directory,
-        server: Server::new(fs),
+        server: Server::new(host),
         memory: memory(),
         uid: 0,
         gid: 0,

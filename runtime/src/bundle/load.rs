@@ -28,6 +28,8 @@ pub enum LoadError {
     Missing {
         /// Which.
         path: PathBuf,
+        /// The system's words for it.
+        source: io::Error,
     },
     /// A file cannot be read.
     #[error("failed to read {path}")]
@@ -97,7 +99,7 @@ pub fn process(path: &Path) -> Result<Process, LoadError> {
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, LoadError> {
     let at = || path.to_owned();
     let file = File::open(path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => LoadError::Missing { path: at() },
+        io::ErrorKind::NotFound => LoadError::Missing { path: at(), source },
         _ => LoadError::Read { path: at(), source },
     })?;
     let mut text = Vec::new();

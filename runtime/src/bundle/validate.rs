@@ -38,7 +38,7 @@ pub enum SpecError {
         what: String,
         /// Where it should be.
         path: PathBuf,
-        /// `no such file or directory`, or what the system says.
+        /// What the system says.
         problem: String,
     },
 }
@@ -265,16 +265,12 @@ fn bind_source(bundle: &Bundle, mount: &Mount, field: &str) -> Result<(), SpecEr
 }
 
 fn exists(path: &Path, what: &str) -> Result<(), SpecError> {
-    std::fs::metadata(path)
-        .map(drop)
-        .map_err(|error| SpecError::Host {
-            what: what.to_owned(),
-            path: path.to_owned(),
-            problem: match error.kind() {
-                std::io::ErrorKind::NotFound => "no such file or directory".to_owned(),
-                _ => error.to_string(),
-            },
-        })
+    let looked = std::fs::metadata(path);
+    looked.map(drop).map_err(|error| SpecError::Host {
+        what: what.to_owned(),
+        path: path.to_owned(),
+        problem: error.to_string(),
+    })
 }
 
 fn rootfs(bundle: &Bundle) -> Result<(), SpecError> {
@@ -347,7 +343,7 @@ pub(crate) mod tests {
             ),
             (
                 |c| c["root"]["path"] = json!("no"),
-                "no such file or directory",
+                "No such file or directory",
             ),
             (
                 |c| c["root"]["path"] = json!("config.json"),
@@ -386,7 +382,7 @@ pub(crate) mod tests {
                     c["mounts"][0] =
                         json!({"destination": "/x", "type": "bind", "source": "/nonexistent"});
                 },
-                "/nonexistent: no such file or directory",
+                "/nonexistent: No such file or directory",
             ),
             (
                 |c| c["mounts"][0]["options"] = json!(["rbind", "idmap"]),

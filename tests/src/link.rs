@@ -316,3 +316,142 @@ impl Drop for Running {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link and the guest's end of its wire, played by the test.
+    fn pair() -> (Link, UnixStream) {
+        let (ours, guests) = UnixStream::pair().unwrap();
+        guests
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        (Link::new(ours).unwrap(), guests)
+    }
+
+    fn request() -> RunRequest {
+        RunRequest {
+            argv: vec!["true".into()],
+            env: Vec::new(),
+            cwd: None,
+            tty: None,
+        }
+    }
+
+    fn start(link: &Link, guest: &mut UnixStream) -> (Running, u32) {
+        let running = link.run(request()).unwrap();
+        match Frame::read_from(guest).unwrap() {
+            (channel, Frame::Run(_)) => (running, channel),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn each_command_gets_its_own_events_whoever_is_first() {
+        let (link, mut guest) = pair();
+        let (mut one, first) = start(&link, &mut guest);
+        let (mut two, second) = start(&link, &mut guest);
+        assert_ne!(first, second);
+        for (frame, channel) in [
+            (Frame::Stdout(b"two".to_vec()), second),
+            (Frame::Exited(Exit::Code(2)), second),
+            (Frame::Stderr(b"one".to_vec()), first),
+            (Frame::Exited(Exit::Signal(9)), first),
+        ] {
+            frame.write_to(&mut guest, channel).unwrap();
+        }
+        assert_eq!(one.next_event().unwrap(), Event::Stderr(b"one".to_vec()));
+        assert_eq!(one.next_event().unwrap(), Event::Exited(Exit::Signal(9)));
+        assert_eq!(two.next_event().unwrap(), Event::Stdout(b"two".to_vec()));
+        assert_eq!(two.next_event().unwrap(), Event::Exited(Exit::Code(2)));
+    }
+
+    #[test]
+    fn output_earns_credit_when_it_is_taken_and_not_before() {
+        let (link, mut guest) = pair();
+        let (mut running, channel) = start(&link, &mut guest);
+        let sent = Frame::Stdout(vec![1; 5000]);
+        sent.write_to(&mut guest, channel).unwrap();
+        guest
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .unwrap();
+        assert!(
+            Frame::read_from(&mut guest).is_err(),
+            "credit for output that nobody took"
+        );
+        guest
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        running.next_event().unwrap();
+        let credit = Frame::Credit(Stream::Stdout, 5000);
+        assert_eq!(Frame::read_from(&mut guest).unwrap(), (channel, credit));
+    }
+
+    #[test]
+    fn a_command_that_nobody_follows_is_killed_and_does_not_fill_the_wire() {
+        let (link, mut guest) = pair();
+        let (running, channel) = start(&link, &mut guest);
+        drop(running);
+        let mut next = || Frame::read_from(&mut guest).unwrap().1;
+        assert_eq!(next(), Frame::Signal(libc::SIGKILL));
+        assert_eq!(next(), Frame::StdinEnd);
+        Frame::Stdout(vec![1; 7])
+            .write_to(&mut guest, channel)
+            .unwrap();
+        let answer = Frame::read_from(&mut guest).unwrap().1;
+        assert_eq!(answer, Frame::Credit(Stream::Stdout, 7));
+    }
+
+    #[test]
+    fn stdin_waits_for_credit_and_breaks_when_the_command_ends() {
+        let (link, mut guest) = pair();
+        let (mut running, channel) = start(&link, &mut guest);
+        let mut stdin = running.take_stdin().unwrap();
+        let writer = std::thread::spawn(move || {
+            stdin.write_all(&vec![5; WINDOW + 10]).unwrap();
+            stdin.write_all(&vec![6; 2 * WINDOW])
+        });
+        let mut received = 0;
+        while received < WINDOW + 10 {
+            match Frame::read_from(&mut guest).unwrap() {
+                (_, Frame::Stdin(bytes)) => received += bytes.len(),
+                other => panic!("{other:?}"),
+            }
+            if received == WINDOW {
+                // Ten more than the first window, and no byte of what follows.
+                Frame::Credit(Stream::Stdin, 10)
+                    .write_to(&mut guest, channel)
+                    .unwrap();
+            }
+        }
+        assert_eq!(received, WINDOW + 10);
+        Frame::Exited(Exit::Code(0))
+            .write_to(&mut guest, channel)
+            .unwrap();
+        let error = writer.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_refusal_and_the_end_of_the_machine_are_told_apart() {
+        let (link, mut guest) = pair();
+        let (mut refused, channel) = start(&link, &mut guest);
+        let (mut cut_off, _) = start(&link, &mut guest);
+        let why = Frame::Refused("no such program".into());
+        why.write_to(&mut guest, channel).unwrap();
+        let error = refused.next_event().unwrap_err();
+        assert!(matches!(&error, LinkError::Refused(why) if why == "no such program"));
+        let limit = Duration::from_millis(20);
+        assert!(matches!(
+            cut_off.next_event_within(limit),
+            Err(LinkError::Timeout(_))
+        ));
+        drop(guest);
+        assert!(matches!(cut_off.next_event(), Err(LinkError::Gone)));
+        assert!(matches!(
+            link.run(request()),
+            Err(LinkError::Gone | LinkError::Frame(_))
+        ));
+    }
+}

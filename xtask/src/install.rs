@@ -85,31 +85,40 @@ impl Install {
     }
 }
 
-/// Caisson as it would be installed at /usr/local, in a directory that goes when this is dropped.
+/// Caisson as it would be installed at /usr/local: in a directory that goes when this is dropped, or in one
+/// that was made before by `install --destdir`.
 #[derive(Debug)]
-pub(crate) struct Stage(RunDir);
+pub(crate) enum Stage {
+    Made(RunDir),
+    Given(PathBuf),
+}
 
 impl Stage {
-    /// Builds and installs.
-    pub(crate) fn new() -> Result<Self> {
-        let stage = Self(RunDir::new().context("failed to make a directory to install to")?);
+    /// The tree `given`, or else one of what is built now.
+    pub(crate) fn new(given: Option<&Path>) -> Result<Self> {
+        if let Some(tree) = given {
+            let tree = tree
+                .canonicalize()
+                .with_context(|| format!("no installation {}", tree.display()))?;
+            return Ok(Self::Given(tree));
+        }
+        let stage = RunDir::new().context("failed to make a directory to install to")?;
+        let stage = Self::Made(stage);
         install(Path::new("/usr/local"), &stage.root())?;
         Ok(stage)
     }
 
     /// The tree that is laid over the testbed's root.
     pub(crate) fn root(&self) -> PathBuf {
-        self.0.path().join("root")
+        match self {
+            Self::Made(dir) => dir.path().join("root"),
+            Self::Given(tree) => tree.clone(),
+        }
     }
 
     /// Where the prefix is on this machine.
     pub(crate) fn prefix(&self) -> PathBuf {
         self.root().join("usr/local")
-    }
-
-    /// A place beside the tree.
-    pub(crate) fn beside(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
     }
 }
 

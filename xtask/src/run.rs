@@ -36,6 +36,9 @@ pub(crate) struct Run {
     /// In the testbed, even if this machine could
     #[arg(long)]
     testbed: bool,
+    /// Use what `install --destdir DIR` made before, instead of building
+    #[arg(long, value_name = "DIR")]
+    installed: Option<PathBuf>,
     /// What to run in the container; without it, a greeting
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -43,7 +46,7 @@ pub(crate) struct Run {
 
 impl Run {
     pub(crate) fn run(self) -> Result<u8> {
-        let stage = Stage::new()?;
+        let stage = Stage::new(self.installed.as_deref())?;
         let work = RunDir::new().context("failed to make a directory for the bundle")?;
         let terminal = self.bundle.is_none()
             && !self.command.is_empty()
@@ -55,7 +58,7 @@ impl Run {
                 .with_context(|| format!("no bundle {}", dir.display()))?,
             None => self.make_bundle(&stage, &work, terminal)?,
         };
-        let native = Native::new(&stage)?;
+        let native = Native::new(&stage, &work)?;
         let can = !self.testbed && native.check();
         let ended = match can {
             true => native.run(&bundle, terminal)?,
@@ -115,8 +118,8 @@ struct Native {
 }
 
 impl Native {
-    fn new(stage: &Stage) -> Result<Self> {
-        let config = stage.beside("native.toml");
+    fn new(stage: &Stage, work: &RunDir) -> Result<Self> {
+        let config = work.path().join("native.toml");
         install::write_config(&stage.prefix(), &config)?;
         Ok(Self {
             caisson: stage.prefix().join("bin/caisson"),

@@ -25,6 +25,9 @@ pub(crate) struct Shell {
     /// Without building and installing Caisson
     #[arg(long)]
     no_install: bool,
+    /// Use what `install --destdir DIR` made before, instead of building
+    #[arg(long, value_name = "DIR", conflicts_with = "no_install")]
+    installed: Option<PathBuf>,
     /// Memory of the machine
     #[arg(long, value_name = "MIB", default_value_t = 6144)]
     memory: u32,
@@ -59,7 +62,7 @@ impl Shell {
         }
         let stage = match self.no_install {
             true => None,
-            false => Some(Stage::new()?),
+            false => Some(Stage::new(self.installed.as_deref())?),
         };
         options.install = stage.as_ref().map(|stage| stage.root());
 

@@ -44,6 +44,18 @@ pub(super) struct Suite {
     names: Vec<String>,
 }
 
+/// How tests are to be run.
+#[derive(Debug, Clone)]
+pub(super) struct How {
+    /// With full counts.
+    pub(super) soak: bool,
+    /// After this a test counts as hung.
+    pub(super) limit: Duration,
+    pub(super) testbeds: usize,
+    /// An installation that is there already.
+    pub(super) installed: Option<PathBuf>,
+}
+
 /// How one test ended.
 struct Outcome {
     passed: bool,
@@ -102,13 +114,7 @@ impl Suite {
     }
 
     /// Runs tests to their end.
-    pub(super) fn run(
-        &self,
-        names: &[&str],
-        soak: bool,
-        limit_seconds: u64,
-        testbeds: usize,
-    ) -> Result<Tally> {
+    pub(super) fn run(&self, names: &[&str], how: &How) -> Result<Tally> {
         let share = RunDir::new().context("failed to make a directory for the tests")?;
         let program = share.path().join("e2e");
         fs::copy(&self.program, &program).context("failed to copy the end-to-end tests")?;
@@ -119,7 +125,7 @@ impl Suite {
             read_only: true,
         });
         let mut environment = vec![("RUST_BACKTRACE".to_owned(), "1".to_owned())];
-        if soak {
+        if how.soak {
             environment.push(("CAISSON_SOAK".to_owned(), "1".to_owned()));
         }
         // Another runtime comes from the testbed's root.
@@ -128,7 +134,7 @@ impl Suite {
                 environment.push((RUNTIME.to_owned(), name));
                 None
             }
-            Err(_) => Some(Stage::new()?),
+            Err(_) => Some(Stage::new(how.installed.as_deref())?),
         };
         options.install = stage.as_ref().map(|stage| stage.root());
 
@@ -137,19 +143,21 @@ impl Suite {
         let run = Run {
             options,
             queue: Mutex::new(longest_first(names, &durations).into()),
-            limit: Duration::from_secs(limit_seconds),
+            limit: how.limit,
             environment,
             tally: Mutex::default(),
             durations: Mutex::new(durations),
             failed: Mutex::default(),
         };
-        let testbeds = testbeds.min(names.len());
         print(&format!(
-            "running {} end-to-end tests in {testbeds} testbeds",
-            names.len()
+            "running {} end-to-end tests in {} testbeds",
+            names.len(),
+            how.testbeds
         ));
         std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..testbeds).map(|_| scope.spawn(|| run.work())).collect();
+            let workers: Vec<_> = (0..how.testbeds)
+                .map(|_| scope.spawn(|| run.work()))
+                .collect();
             workers
                 .into_iter()
                 .try_for_each(|worker| match worker.join() {

@@ -8,6 +8,9 @@
 mod e2e;
 mod unit;
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 use clap::Args;
 
@@ -24,6 +27,9 @@ pub(crate) struct Test {
     /// Seconds after which an end-to-end test counts as hung (900, with --soak 7200)
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// Use what `install --destdir DIR` made before, instead of building
+    #[arg(long, value_name = "DIR")]
+    installed: Option<PathBuf>,
     /// How many testbeds to use at once, each with one processor
     #[arg(long, value_name = "N", default_value_t = 2)]
     testbeds: usize,
@@ -59,7 +65,13 @@ impl Test {
         }
         if !chosen.is_empty() {
             let limit = self.timeout.unwrap_or(if self.soak { 7200 } else { 900 });
-            tally.add(suite.run(&chosen, self.soak, limit, self.testbeds)?);
+            let how = e2e::How {
+                soak: self.soak,
+                limit: Duration::from_secs(limit),
+                testbeds: self.testbeds.min(chosen.len()),
+                installed: self.installed.clone(),
+            };
+            tally.add(suite.run(&chosen, &how)?);
         }
         if tally.ignored > 0 {
             say(&format!("{} ignored", tally.ignored));

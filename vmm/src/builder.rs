@@ -21,12 +21,14 @@ use crate::bus::{Bus, BusError};
 use crate::devices::console_ring::ConsoleRing;
 use crate::devices::i8042::{self, I8042};
 use crate::devices::serial::{self, EarlyConsole};
+use crate::devices::virtio::blk::BlkDevice;
 use crate::devices::virtio::console::ConsoleDevice;
 use crate::devices::virtio::device::{GuestMemory, Interrupt, VirtioDevice};
 use crate::devices::virtio::fs::FsDevice;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::mmio::registers::QUEUE_NOTIFY_OFFSET;
 use crate::devices::virtio::rng::RngDevice;
+use crate::devices::virtio::vsock::VsockDevice;
 use crate::ending::Ending;
 use crate::gate::Gate;
 use crate::machine::{Machine, MachineParts};
@@ -85,9 +87,6 @@ pub enum BuildError {
         /// Lines.
         max: u32,
     },
-    /// A device that this build has not.
-    #[error("{0} is not supported")]
-    NotSupported(&'static str),
     /// A device's host side.
     #[error("failed to make the {device} device {name:?}")]
     Device {
@@ -130,7 +129,8 @@ pub fn build(plan: VmPlan) -> Result<Machine, BuildError> {
     // 4. What the kernel reads at its start.
     let line = cmdline::build(&on_cmdline, config.console.early, &config.cmdline)?;
     cmdline::write(&mmap, &line)?;
-    mptable::write(&mmap, config.vcpus)?;
+    let irqs: Vec<u32> = on_cmdline.iter().map(|device| device.irq).collect();
+    mptable::write(&mmap, config.vcpus, &irqs)?;
     pvh::write(&mmap, plan.memory_bytes(), initramfs)?;
 
     // 5. vCPUs.
@@ -182,12 +182,17 @@ fn virtio_devices(
         Box::new(ConsoleDevice::new(ring)),
         Box::new(RngDevice::new()),
     ];
+    let vsock = VsockDevice::new(&config.vsock)
+        .map_err(|error| device_error("vsock", &config.id, error))?;
+    devices.push(Box::new(vsock));
     for fs in &config.fs {
         let device = FsDevice::new(fs).map_err(|error| device_error("fs", &fs.tag, error))?;
         devices.push(Box::new(device));
     }
-    if !config.blk.is_empty() {
-        return Err(BuildError::NotSupported("a virtio-blk device"));
+    for blk in &config.blk {
+        let device =
+            BlkDevice::new(blk).map_err(|error| device_error("blk", &blk.serial, error))?;
+        devices.push(Box::new(device));
     }
     Ok(devices)
 }

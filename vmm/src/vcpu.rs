@@ -175,7 +175,7 @@ impl VcpuThread {
     }
 
     /// Its exits so far.
-    pub fn counts(&self) -> &ExitCounts {
+    pub fn counts(&self) -> &Arc<ExitCounts> {
         &self.counts
     }
 

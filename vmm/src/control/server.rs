@@ -212,7 +212,8 @@ impl ControlServer {
             };
             let (answer, next) = requests::handle(machine, &line);
             client.answer(&answer);
-            client.flush()?;
+            let sent = client.flush();
+            // A client that does not wait for the answer is obeyed all the same.
             match next {
                 Next::Go => {}
                 Next::Close => return Ok(false),
@@ -221,6 +222,7 @@ impl ControlServer {
                     machine.ending().report(ExitCause::Stopped {});
                 }
             }
+            sent?;
         }
         Ok(client.has_output() || !client.has_ended())
     }

@@ -4,11 +4,12 @@
 //! of the wiring of the interrupt lines.
 //!
 //! One floating pointer, then the configuration table: every processor, one ISA bus, one I/O APIC, the interrupt
-//! lines one to one (edge-triggered, active high as the ISA bus has them) and the two local interrupts.
+//! lines in use one to one (edge-triggered, active high as the ISA bus has them) and the two local interrupts.
+//! Lines that nobody uses are left out: the kernel programs each that it is told of, by a dozen exits.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::layout::{IO_APIC, LAST_IRQ, LOCAL_APIC, LOW_RAM_END, MP_TABLE_MAX};
+use super::layout::{IO_APIC, LOCAL_APIC, LOW_RAM_END, MP_TABLE_MAX};
 
 /// Version of the local and I/O APICs (0x14: integrated).
 const APIC_VERSION: u8 = 0x14;
@@ -22,6 +23,8 @@ const CPU_BOOTSTRAP: u8 = 2;
 const INT_VECTORED: u8 = 0;
 const INT_NMI: u8 = 1;
 const INT_EXTINT: u8 = 3;
+/// The PIT's line.
+const TIMER_IRQ: u32 = 0;
 /// Every local APIC.
 const ALL_APICS: u8 = 0xff;
 
@@ -36,22 +39,23 @@ pub enum MpTableError {
     Write(#[source] GuestMemoryError),
 }
 
-/// Writes the MP table for `vcpus` processors, APIC ids 0 to `vcpus - 1`.
+/// Writes the MP table for `vcpus` processors, APIC ids 0 to `vcpus - 1`, and devices on the interrupt lines
+/// `irqs`.
 ///
 /// # Errors
 /// When it does not fit its room or guest memory.
-pub fn write(memory: &GuestMemoryMmap, vcpus: u32) -> Result<(), MpTableError> {
-    let table = encode(vcpus).ok_or(MpTableError::TooManyVcpus(vcpus))?;
+pub fn write(memory: &GuestMemoryMmap, vcpus: u32, irqs: &[u32]) -> Result<(), MpTableError> {
+    let table = encode(vcpus, irqs).ok_or(MpTableError::TooManyVcpus(vcpus))?;
     memory
         .write_slice(&table, GuestAddress(LOW_RAM_END))
         .map_err(MpTableError::Write)
 }
 
 /// The whole table, or `None` when it does not fit.
-fn encode(vcpus: u32) -> Option<Vec<u8>> {
+fn encode(vcpus: u32, irqs: &[u32]) -> Option<Vec<u8>> {
     let vcpus = u8::try_from(vcpus).ok()?;
     let table_address = u32::try_from(LOW_RAM_END + 16).ok()?;
-    let (entries, count) = entries(vcpus)?;
+    let (entries, count) = entries(vcpus, irqs)?;
 
     let mut header = Vec::with_capacity(44);
     header.extend_from_slice(b"PCMP");
@@ -80,7 +84,7 @@ fn encode(vcpus: u32) -> Option<Vec<u8>> {
     (pointer.len() <= MP_TABLE_MAX).then_some(pointer)
 }
 
-fn entries(vcpus: u8) -> Option<(Vec<u8>, u16)> {
+fn entries(vcpus: u8, irqs: &[u32]) -> Option<(Vec<u8>, u16)> {
     let mut bytes = Vec::new();
     let mut count = 0u16;
     let mut add = |entry: &[u8]| {
@@ -102,7 +106,8 @@ fn entries(vcpus: u8) -> Option<(Vec<u8>, u16)> {
     let mut io_apic = vec![2, io_apic_id, APIC_VERSION, 1];
     io_apic.extend_from_slice(&IO_APIC.to_le_bytes());
     add(&io_apic);
-    for irq in 0..=u8::try_from(LAST_IRQ).ok()? {
+    for irq in [TIMER_IRQ].iter().chain(irqs) {
+        let irq = u8::try_from(*irq).ok()?;
         add(&[3, INT_VECTORED, 0, 0, ISA_BUS, irq, io_apic_id, irq]);
     }
     add(&[4, INT_EXTINT, 0, 0, ISA_BUS, 0, 0, 0]);
@@ -121,12 +126,14 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::layout::{FIRST_IRQ, LAST_IRQ};
     use caisson_protocol::vm::MAX_VCPUS;
 
     #[test]
     fn every_allowed_number_of_vcpus_fits_and_adds_up() {
+        let irqs: Vec<u32> = (FIRST_IRQ..=LAST_IRQ).collect();
         for vcpus in 1..=MAX_VCPUS {
-            let table = encode(vcpus).unwrap();
+            let table = encode(vcpus, &irqs).unwrap();
             assert!(table.len() <= MP_TABLE_MAX);
             assert_eq!(checksum(&table[..16]), 0);
             assert_eq!(checksum(&table[16..]), 0);
@@ -139,14 +146,27 @@ mod tests {
 
     #[test]
     fn only_the_first_processor_boots() {
-        let table = encode(3).unwrap();
+        let table = encode(3, &[]).unwrap();
         let flags: Vec<u8> = (0..3).map(|i| table[16 + 44 + i * 20 + 3]).collect();
         assert_eq!(flags, [3, 1, 1]);
     }
 
     #[test]
+    fn only_lines_in_use_are_told_of() {
+        let lines = |irqs: &[u32]| -> Vec<u8> {
+            let table = encode(1, irqs).unwrap();
+            // After one processor, bus and I/O APIC come entries of eight bytes.
+            let entries = table[16 + 44 + 20 + 8 + 8..].chunks(8);
+            let vectored = entries.filter(|entry| entry[..2] == [3, INT_VECTORED]);
+            vectored.map(|entry| entry[7]).collect()
+        };
+        assert_eq!(lines(&[]), [0]);
+        assert_eq!(lines(&[5, 23]), [0, 5, 23]);
+    }
+
+    #[test]
     fn a_table_that_does_not_fit_is_refused() {
-        assert!(encode(100).is_none());
-        assert!(encode(300).is_none());
+        assert!(encode(100, &[]).is_none());
+        assert!(encode(300, &[]).is_none());
     }
 }

@@ -11,3 +11,6 @@ pub mod queues;
 pub mod registers;
 
 pub use registers::{MmioState, MmioTransport};
+
+#[cfg(test)]
+mod tests;

@@ -14,7 +14,7 @@ use crate::devices::virtio::device::{ActivateError, GuestMemory};
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::ending::Ending;
 use crate::plan::VmPlan;
-use crate::vcpu::{VcpuContext, VcpuThread, install_kick_handler};
+use crate::vcpu::{ExitCounts, VcpuContext, VcpuThread, install_kick_handler};
 use crate::vm::Vm;
 
 /// A machine that does not do what it is asked for.
@@ -59,6 +59,8 @@ pub struct Machine {
     // Kept for as long as vCPUs may run, in this order.
     waiting: Vec<VcpuFd>,
     running: Vec<VcpuThread>,
+    /// Of all vCPUs that were ever started.
+    counts: Vec<Arc<ExitCounts>>,
     context: VcpuContext,
     transports: Vec<Arc<MmioTransport>>,
     ring: ConsoleRing,
@@ -73,6 +75,7 @@ impl Machine {
             plan: parts.plan,
             waiting: parts.vcpus,
             running: Vec::new(),
+            counts: Vec::new(),
             context: parts.context,
             transports: parts.transports,
             ring: parts.ring,
@@ -95,6 +98,7 @@ impl Machine {
                     source,
                 }
             })?;
+            self.counts.push(thread.counts().clone());
             self.running.push(thread);
         }
         Ok(())
@@ -166,8 +170,8 @@ impl Machine {
     /// Counters of vCPUs and devices since the start.
     pub fn metrics(&self) -> BTreeMap<String, u64> {
         let mut counters = BTreeMap::new();
-        for thread in &self.running {
-            for (name, value) in thread.counts().read() {
+        for counts in &self.counts {
+            for (name, value) in counts.read() {
                 *counters.entry(format!("vcpu.exits.{name}")).or_default() += value;
             }
         }
@@ -210,22 +214,4 @@ fn with_panic_line(cause: ExitCause, ring: &ConsoleRing) -> ExitCause {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_reset_after_a_panic_is_a_panic_and_a_requested_stop_is_not() {
-        let ring = ConsoleRing::new(4096);
-        let reset = ExitCause::GuestReset {};
-        assert_eq!(with_panic_line(reset.clone(), &ring), reset);
-        ring.write(b"Kernel panic - not syncing: VFS: no root\r\n");
-        assert_eq!(
-            with_panic_line(reset, &ring),
-            ExitCause::GuestPanic {
-                line: "Kernel panic - not syncing: VFS: no root".into()
-            }
-        );
-        let stopped = ExitCause::Stopped {};
-        assert_eq!(with_panic_line(stopped.clone(), &ring), stopped);
-    }
-}
+mod tests;

@@ -232,8 +232,8 @@ impl Muxer {
             self.remove(id);
             return;
         }
+        // The host process sees the end when the last byte is gone and the socket is closed.
         stream.draining = true;
-        stream.endpoint.finish();
         if std::mem::take(&mut stream.queued) {
             self.ready.retain(|ready| *ready != id);
         }

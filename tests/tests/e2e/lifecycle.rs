@@ -197,7 +197,7 @@ fn of_many_creates_of_one_id_exactly_one_wins() {
 
 #[test]
 fn many_containers_at_once() {
-    let many = count("containers at once", 6, 20);
+    let many = count("containers at once", 4, 20);
     let before = Traces::now();
     let bundles: Vec<Bundle> = (0..many)
         .map(|n| Bundle::sh(&format!("echo container {n}; exec sleep 100000")))
@@ -224,7 +224,7 @@ fn many_containers_at_once() {
 
 #[test]
 fn create_and_delete_many_times_leaves_nothing() {
-    let times = count("create-delete", 8, 100);
+    let times = count("create-delete", 5, 100);
     let before = Traces::now();
     let bundle = Bundle::busybox().args(&["sleep", "100000"]);
     for round in 0..times {

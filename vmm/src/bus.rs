@@ -5,6 +5,15 @@
 //! Two maps, ports and memory, made before the vCPUs run and never changed. An access that no device has
 //! reads as all ones and writes to nothing, as on a PC.
 
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::indexing_slicing
+    )
+)]
+
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

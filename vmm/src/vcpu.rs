@@ -6,6 +6,15 @@
 //! somebody else reports an [`Ending`]. A vCPU inside KVM is brought out by a [`Kick`]: `immediate_exit` makes
 //! the next KVM_RUN return, the signal the one that is on its way, so none is missed.
 
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::indexing_slicing
+    )
+)]
+
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};

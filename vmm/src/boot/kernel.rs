@@ -51,13 +51,12 @@ pub enum KernelError {
         looks_like: &'static str,
     },
     /// ELF, and not to be loaded.
-    #[error("kernel {path} is truncated or damaged")]
+    #[error("kernel {path} is truncated or damaged ({reason})")]
     Damaged {
         /// Which file.
         path: PathBuf,
         /// What the loader said.
-        #[source]
-        source: LoaderError,
+        reason: String,
     },
     /// An ELF file that is no kernel for us.
     #[error("kernel {0} has no PVH entry note (CONFIG_PVH is needed)")]
@@ -133,7 +132,7 @@ pub fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<LoadedKernel
         } else {
             KernelError::Damaged {
                 path: path.into(),
-                source,
+                reason: reason(&source),
             }
         }
     })?;
@@ -194,6 +193,13 @@ pub fn load_initramfs(
             source,
         })?;
     Ok(Module { address, size })
+}
+
+/// The innermost words of the loader's error, which repeats itself.
+fn reason(error: &LoaderError) -> String {
+    let text = error.to_string();
+    let last = text.rsplit("Kernel Loader: ").next().unwrap_or_default();
+    last.to_lowercase()
 }
 
 fn low_memory(memory: &GuestMemoryMmap) -> u64 {
@@ -318,7 +324,8 @@ pub(crate) mod tests {
         let whole = elf(&[0x90; 100], true);
         for cut in [10, 70, 130, 0x1000 + 50] {
             let text = message(&whole[..cut]);
-            assert!(text.contains("truncated or damaged"), "{cut}: {text}");
+            assert!(text.contains("truncated or damaged ("), "{cut}: {text}");
+            assert!(!text.contains("Kernel Loader"), "{text}");
         }
         assert!(message(&elf(&vec![0; 40 << 20], true)).contains("does not fit"));
     }

@@ -5,6 +5,15 @@
 //! The early console and the virtio console write here; the control socket and the final report read. Every byte
 //! is the guest's. The memory is taken as it fills.
 
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::indexing_slicing
+    )
+)]
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

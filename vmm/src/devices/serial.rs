@@ -4,6 +4,15 @@
 //!
 //! No interrupt line: the kernel's early console polls, and with `8250.nr_uarts=0` no driver comes later.
 
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::indexing_slicing
+    )
+)]
+
 use std::convert::Infallible;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -8,6 +8,15 @@
 //!
 //! [`ConsoleRing`]: crate::devices::console_ring::ConsoleRing
 
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::indexing_slicing
+    )
+)]
+
 pub mod device;
 mod worker;
 

@@ -123,7 +123,7 @@ fn output(chain: Chain, memory: &GuestMemoryMmap, ring: &ConsoleRing) -> u64 {
             ring.write(chunk);
             total += count as u64;
             // `count` is at most `length`, and `address + count` was readable.
-            length -= count as u32;
+            length = length.saturating_sub(u32::try_from(count).unwrap_or(length));
             address.0 = address.0.wrapping_add(count as u64);
         }
     }

@@ -7,6 +7,15 @@
 //! the device; from then on no register write changes anything but notifications, interrupt
 //! acknowledgement, configuration space and a reset.
 
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::indexing_slicing
+    )
+)]
+
 pub mod queues;
 pub mod registers;
 

@@ -250,11 +250,12 @@ fn positions(device: &serde_json::Value) -> Result<Vec<Option<QueueSnapshot>>, S
 
 /// The low or high half of features, by the driver's selection; zero beyond.
 fn half(features: u64, select: u32) -> u32 {
-    match select {
-        0 => (features & 0xffff_ffff) as u32,
-        1 => (features >> 32) as u32,
-        _ => 0,
-    }
+    let shift = match select {
+        0 => 0,
+        1 => 32,
+        _ => return 0,
+    };
+    u32::try_from((features >> shift) & 0xffff_ffff).unwrap_or(0)
 }
 
 impl Registers {

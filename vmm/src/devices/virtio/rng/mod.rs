@@ -6,6 +6,15 @@
 //! a guest cannot keep a host CPU busy with it. [`device`] is the virtio face, [`worker`] the thread that owns
 //! the queue.
 
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::indexing_slicing
+    )
+)]
+
 pub mod device;
 mod worker;
 

@@ -213,7 +213,7 @@ fn fill(chain: Chain, memory: &GuestMemoryMmap) -> io::Result<u32> {
         }
     }
     // At most MAX_REQUEST.
-    Ok(written as u32)
+    Ok(u32::try_from(written).unwrap_or(0))
 }
 
 #[cfg(test)]

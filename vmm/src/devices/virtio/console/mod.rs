@@ -22,7 +22,8 @@ mod worker;
 
 pub use device::ConsoleDevice;
 
-/// Queue of input (never used) and of output.
-const QUEUE_SIZES: [u16; 2] = [64, 64];
+/// Queue of input (never used) and of output. Linux fills the input queue at start, a page and an exit for each
+/// entry, so it is short.
+const QUEUE_SIZES: [u16; 2] = [2, 64];
 /// Index of the queue that carries output.
 const OUTPUT: usize = 1;

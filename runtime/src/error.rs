@@ -148,7 +148,7 @@ impl std::fmt::Display for ConsoleTail {
     }
 }
 
-/// The program to run is at fault. The texts hold what Docker and Podman look for.
+/// A process that did not start, or not end by itself. The texts hold what Docker and Podman look for.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the texts say it")]
 pub enum CommandError {
@@ -156,14 +156,18 @@ pub enum CommandError {
     NotFound(String),
     #[error("unable to start container process: exec: {0:?}: permission denied")]
     NotExecutable(String),
+    #[error("the container ended before the process did: {0}")]
+    ContainerEnded(GuestError),
 }
 
 impl RuntimeError {
-    /// What the program ends with: 127 and 126 as shells have it, else 1.
+    /// What the program ends with: 127, 126 and 137 as shells have it, else 1.
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::Command(CommandError::NotFound(_)) => 127,
             Self::Command(CommandError::NotExecutable(_)) => 126,
+            // As if by SIGKILL, which is what a container's end is for the other processes in it.
+            Self::Command(CommandError::ContainerEnded(_)) => 128 + 9,
             Self::Reported { exit_status, .. } => *exit_status,
             _ => 1,
         }

@@ -2,6 +2,7 @@
 
 //! Sub-commands that only this program itself runs: the processes that `create` and `exec -d` leave behind.
 
+use std::ffi::CStr;
 use std::path::PathBuf;
 
 use caisson_runtime::error::RuntimeError;
@@ -34,8 +35,22 @@ pub(crate) struct ExecMonitorArgs {
     sync_fd: i32,
 }
 
+/// The process that becomes a VMM, or does something in the mount namespace of one.
+pub(crate) fn launch_helper() -> Result<u8, RuntimeError> {
+    name(c"caisson-launch");
+    caisson_runtime::vm::launch::run_helper()?;
+    Ok(0)
+}
+
+/// What `ps` shows: having been started by /proc/self/exe it would be `exe`.
+fn name(name: &CStr) {
+    // It is only for people.
+    rustix::thread::set_name(name).unwrap_or_default();
+}
+
 pub(crate) fn monitor(global: &Global, args: MonitorArgs) -> Result<u8, RuntimeError> {
     let channel = Channel::inherited(args.sync_fd)?;
+    name(c"caisson-monitor");
     let request = MonitorRequest {
         id: ContainerId::new(&args.id)?,
         console_socket: args.console_socket,
@@ -46,6 +61,7 @@ pub(crate) fn monitor(global: &Global, args: MonitorArgs) -> Result<u8, RuntimeE
 
 pub(crate) fn exec_monitor(global: &Global, args: &ExecMonitorArgs) -> Result<u8, RuntimeError> {
     let mut channel = Channel::inherited(args.sync_fd)?;
+    name(c"caisson-exec");
     // A session of its own, for a controlling terminal; fails only where it has one already.
     rustix::process::setsid().map(drop).unwrap_or_default();
     let request: ExecRequest = channel

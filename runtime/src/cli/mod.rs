@@ -183,10 +183,7 @@ fn dispatch(global: &Global, verb: Verb) -> Result<u8, RuntimeError> {
         Verb::Restore(_) => refuse("restore"),
         Verb::Monitor(args) => hidden::monitor(global, args),
         Verb::ExecMonitor(args) => hidden::exec_monitor(global, &args),
-        Verb::LaunchHelper => {
-            caisson_runtime::vm::launch::run_helper()?;
-            Ok(0)
-        }
+        Verb::LaunchHelper => hidden::launch_helper(),
     }
 }
 

@@ -19,13 +19,10 @@ use super::store::StateDir;
 use crate::bundle::plan::Plan;
 use crate::bundle::translate::guest_process;
 use crate::bundle::validate::check_process;
-use crate::error::{OrderError, RuntimeError, chain};
+use crate::error::{CommandError, OrderError, RuntimeError, chain};
 use crate::guest::client::{GuestClient, ProcessId, exit_status};
 use crate::guest::console::{Console, Size};
 use crate::guest::stdio::{LocalStdio, Outputs, attach};
-
-/// Exit status when the container ended under the process: as if by SIGKILL.
-const CONTAINER_DIED: u8 = 128 + 9;
 
 /// What a caller asks for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -75,7 +72,7 @@ pub fn check(state: &StateDir, request: &ExecRequest) -> Result<(), RuntimeError
 /// it runs.
 ///
 /// # Errors
-/// When it cannot be started.
+/// When it cannot be started, or the container ends before it.
 pub async fn exec(
     state: &StateDir,
     request: &ExecRequest,
@@ -109,7 +106,7 @@ pub async fn exec(
     started();
     let status = wait(&guest, &process, outputs, console.as_ref(), &mut signals).await;
     drop(console);
-    Ok(status)
+    status
 }
 
 fn open_console(request: &ExecRequest) -> Result<Option<Console>, RuntimeError> {
@@ -158,7 +155,7 @@ async fn wait(
     outputs: Outputs,
     console: Option<&Console>,
     signals: &mut tokio::sync::mpsc::UnboundedReceiver<i32>,
-) -> u8 {
+) -> Result<u8, RuntimeError> {
     let mut ended = std::pin::pin!(guest.wait_process(process));
     let answer = loop {
         tokio::select! {
@@ -173,12 +170,9 @@ async fn wait(
                 // The container may be gone with it by now.
                 log::debug!("{}", chain(&error));
             }
-            exit_status(&answer)
+            Ok(exit_status(&answer))
         }
-        Err(error) => {
-            log::debug!("{}", chain(&error));
-            CONTAINER_DIED
-        }
+        Err(error) => Err(CommandError::ContainerEnded(error).into()),
     }
 }
 

@@ -166,7 +166,7 @@ fn become_vmm(
         rustix::io::dup(rustix::stdio::stdout()).map_err(prepare("keep the status pipe"))?;
     rustix::stdio::dup2_stdout(rustix::stdio::stderr()).map_err(prepare("redirect stdout"))?;
     let source = Command::new(&program)
-        .arg0("caisson-vmm")
+        .arg0(format!("caisson-vmm {}", config.id))
         .args(["--die-with-parent", "--config-fd", "stdin", "--status-fd"])
         .arg(std::os::fd::AsRawFd::as_raw_fd(&status).to_string())
         .stdin(document)

@@ -276,7 +276,7 @@ fn refused_after(prepare: &str, text: &str) {
 
 #[test]
 fn no_dev_kvm() {
-    refused_after("", "No such file");
+    refused_after("", "does not exist");
 }
 
 #[test]

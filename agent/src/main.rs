@@ -14,6 +14,8 @@
 mod boot;
 mod container;
 mod events;
+#[cfg(test)]
+mod guest_tests;
 mod helper;
 mod id;
 mod kmsg;

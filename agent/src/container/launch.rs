@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use crate::helper;
 use crate::helper::channel::{
-    AgentEnd, ChannelError, FailureKind, Received, Report, Request, pair,
+    AgentEnd, ChannelError, FailureKind, Received, Report, Request, bounded, pair,
 };
 use crate::reaper::{Exit, Reaper};
 
@@ -25,6 +25,8 @@ use crate::reaper::{Exit, Reaper};
 const CREATE: Duration = Duration::from_secs(120);
 /// Longest time until a created process has executed its program.
 const START: Duration = Duration::from_secs(60);
+/// Most lines of libcontainer's log in one error.
+const MAX_LOG: usize = 4;
 
 /// Why there is no process.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +134,7 @@ impl Launcher {
         channel: &AgentEnd,
         helper: &mut oneshot::Receiver<Exit>,
     ) -> Result<(i32, Option<OwnedFd>), LaunchError> {
-        let (mut terminal, mut log) = (None, None);
+        let (mut terminal, mut log) = (None, Vec::new());
         loop {
             let received = tokio::select! {
                 biased;
@@ -144,7 +146,7 @@ impl Launcher {
             };
             match received {
                 Received::Terminal(master) => terminal = Some(master),
-                Received::Report(Report::Log(text)) => log = log.or(Some(text)),
+                Received::Report(Report::Log(text)) => keep(&mut log, text),
                 Received::Report(Report::Created { pid }) => return Ok((pid, terminal)),
                 Received::Report(Report::Failed { kind, message }) => {
                     return Err(failed(kind, message, log));
@@ -155,15 +157,27 @@ impl Launcher {
     }
 }
 
-/// The failure, with what libcontainer said first where it says more.
-fn failed(kind: FailureKind, message: String, log: Option<String>) -> LaunchError {
-    let message = match log {
-        Some(log) if kind == FailureKind::Other && !message.contains(&log) => {
-            format!("{message}: {log}")
+/// Keeps a line of libcontainer's log, of a few.
+fn keep(log: &mut Vec<String>, text: String) {
+    if log.len() < MAX_LOG {
+        log.push(text);
+    }
+}
+
+/// The failure, with what libcontainer's log says more: some of its errors leave out their cause.
+fn failed(kind: FailureKind, mut message: String, log: Vec<String>) -> LaunchError {
+    if kind == FailureKind::Other {
+        for text in log {
+            if !message.contains(&text) {
+                message.push_str(": ");
+                message.push_str(&text);
+            }
         }
-        _ => message,
-    };
-    LaunchError::Failed { kind, message }
+    }
+    LaunchError::Failed {
+        kind,
+        message: bounded(message),
+    }
 }
 
 /// Starts the created process that waits in `directory`, and returns once it has executed its program (or
@@ -182,11 +196,11 @@ pub(crate) async fn start(directory: &Path, channel: AgentEnd) -> Result<(), Lau
             .await
             .map_err(LaunchError::Start)?;
         drop(stream);
-        let mut log = None;
+        let mut log = Vec::new();
         loop {
             match channel.receive().await? {
                 Received::End => return Ok(()),
-                Received::Report(Report::Log(text)) => log = log.or(Some(text)),
+                Received::Report(Report::Log(text)) => keep(&mut log, text),
                 Received::Report(Report::Failed { kind, message }) => {
                     return Err(failed(kind, message, log));
                 }
@@ -209,7 +223,7 @@ mod tests {
     #[test]
     fn a_failure_carries_its_cause_once() {
         let other = FailureKind::Other;
-        let cause = || Some("mount: ENOENT".to_owned());
+        let cause = || vec!["mount: ENOENT".to_owned(), "ENOENT".to_owned()];
         let error = failed(other, "failed to prepare rootfs".into(), cause());
         assert_eq!(text(&error), "failed to prepare rootfs: mount: ENOENT");
         let error = failed(other, "x: mount: ENOENT".into(), cause());

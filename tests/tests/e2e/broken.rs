@@ -219,11 +219,7 @@ fn a_missing_initramfs() {
 fn an_initramfs_without_an_agent() {
     let dir = tempfile::TempDir::new().unwrap();
     let path = dir.path().join("initramfs");
-    // An empty archive in the newc format: the trailer alone.
-    let mut archive =
-        format!("070701{}{:08x}{}", "00000000".repeat(11), 11, "00000000").into_bytes();
-    archive.extend_from_slice(b"TRAILER!!!\0");
-    archive.resize(512, 0);
+    let archive = newc("TRAILER!!!", 0, b"");
     fs::write(&path, archive).unwrap();
     let change = format!("[vm]\ninitramfs = {:?}\n", path.to_str().unwrap());
     refused_with(&change, &["Kernel panic"]);
@@ -239,10 +235,64 @@ fn a_kernel_that_panics_at_boot_is_quoted() {
 
 #[test]
 fn an_agent_of_another_protocol_version() {
-    refused_with(
-        "[vm]\nkernel_params = \"caisson.protocol=99\"\n",
-        &["protocol", "99"],
-    );
+    // PID 1 of another release: it dials the host as ours does, and says another version.
+    let source = r#"
+#include <linux/vm_sockets.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+int main(void) {
+    const char *line = "{\"protocol_version\":99,\"agent_version\":\"9.9\"}\n";
+    struct sockaddr_vm to = {.svm_family = AF_VSOCK, .svm_cid = 2, .svm_port = 1024};
+    int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
+    if (connect(fd, (struct sockaddr *)&to, sizeof to) || write(fd, line, strlen(line)) < 0)
+        return 1;
+    for (;;)
+        pause();
+}
+"#;
+    let dir = tempfile::TempDir::new().unwrap();
+    let (code, init) = (dir.path().join("init.c"), dir.path().join("init"));
+    fs::write(&code, source).unwrap();
+    let built = std::process::Command::new("gcc")
+        .args(["-static", "-o"])
+        .args([&init, &code])
+        .status()
+        .unwrap();
+    assert!(built.success());
+    let path = dir.path().join("initramfs");
+    let mut archive = newc("init", 0o100_755, &fs::read(&init).unwrap());
+    archive.extend(newc("TRAILER!!!", 0, b""));
+    fs::write(&path, archive).unwrap();
+    let change = format!("[vm]\ninitramfs = {:?}\n", path.to_str().unwrap());
+    refused_with(&change, &["protocol", "99"]);
+}
+
+/// One entry of a cpio archive in the newc format (Documentation/driver-api/early-userspace/buffer-format.rst).
+fn newc(name: &str, mode: u32, data: &[u8]) -> Vec<u8> {
+    let fields = [
+        1,
+        mode,
+        0,
+        0,
+        1,
+        0,
+        u32::try_from(data.len()).unwrap(),
+        0,
+        0,
+        0,
+        0,
+    ];
+    let mut entry = String::from("070701");
+    for field in fields {
+        entry.push_str(&format!("{field:08x}"));
+    }
+    entry.push_str(&format!("{:08x}{:08x}{name}\0", name.len() + 1, 0));
+    let mut entry = entry.into_bytes();
+    entry.resize(entry.len().next_multiple_of(4), 0);
+    entry.extend_from_slice(data);
+    entry.resize(entry.len().next_multiple_of(4), 0);
+    entry
 }
 
 #[test]

@@ -107,7 +107,7 @@ fn the_monitor_killed_during_an_exec() {
     stopped_then_gone(&container, &before);
 }
 
-/// Processes of Caisson that have the id on their command line, and what they spawned.
+/// Processes of Caisson that have the id on their command line, and their VMM, each with its name.
 fn processes_of(id: &str) -> Vec<(i32, String)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
@@ -117,6 +117,8 @@ fn processes_of(id: &str) -> Vec<(i32, String)> {
         let args = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let args = String::from_utf8_lossy(&args).replace('\0', " ");
         if args.contains(id) && comm(pid).starts_with("caisson") {
+            let below = children(pid).into_iter().map(|child| (child, comm(child)));
+            found.extend(below.filter(|(_, name)| name.starts_with("caisson-vmm")));
             found.push((pid, comm(pid)));
         }
     }
@@ -127,7 +129,8 @@ fn processes_of(id: &str) -> Vec<(i32, String)> {
 fn killed_while_starting(which: &str, pick: fn(&[(i32, String)]) -> Option<i32>) {
     let before = Traces::now();
     let bundle = sleeping();
-    let moments = count("moments of create", 4, 40);
+    let moments = count("moments of create", 3, 40);
+    let mut seen = 0;
     for moment in 0..moments {
         let container = bundle.container(&crate::support::new_id());
         std::thread::scope(|scope| {
@@ -135,7 +138,9 @@ fn killed_while_starting(which: &str, pick: fn(&[(i32, String)]) -> Option<i32>)
             let mut victim = None;
             while victim.is_none() && !creating.is_finished() {
                 victim = pick(&processes_of(&container.id));
+                std::thread::sleep(Duration::from_millis(5));
             }
+            seen += u32::from(victim.is_some());
             // Spread over the length of a start; the moment itself is what varies.
             std::thread::sleep(Duration::from_millis(150) * u32::try_from(moment).unwrap());
             if let Some(victim) = victim {
@@ -159,6 +164,7 @@ fn killed_while_starting(which: &str, pick: fn(&[(i32, String)]) -> Option<i32>)
         assert!(container.state().is_none());
         Traces::wait_until_gone(&before);
     }
+    assert!(seen > 0, "no {which} was ever seen");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use super::cgroup::Cgroup;
 use super::launch::{self, Launched, Launcher};
-use super::{Container, ContainerError, DIRECTORY, Exec, MAX_EXECS, Phase, spec, wrong};
+use super::{Container, ContainerError, DIRECTORY, Exec, MAX_EXECS, Phase, cwd, spec, wrong};
 use crate::events::Events;
 use crate::helper::SPEC_FILE;
 use crate::helper::channel::{AgentEnd, Request, Task};
@@ -73,6 +73,7 @@ impl NewContainer {
     ) -> Result<Arc<Container>, ContainerError> {
         let spec = spec::adapt(self.spec.clone(), self.pod_pid_namespace)?;
         let mounted = Mounted::mount_all(&self.storages)?;
+        cwd::make(&spec);
         let directory = Path::new(DIRECTORY).join(self.number.to_string());
         let cgroup = Cgroup::of(self.number);
         let request = Request {

@@ -12,6 +12,7 @@
 
 pub(crate) mod cgroup;
 mod create;
+mod cwd;
 mod error;
 pub(crate) mod launch;
 pub(crate) mod processes;

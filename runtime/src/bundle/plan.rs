@@ -5,6 +5,7 @@
 //! Written once into the state directory; the per-container process carries it out, and `exec` reads from it what
 //! the container's own process was given.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{Process, Spec};
@@ -72,4 +73,6 @@ pub struct SandboxPlan {
     pub hostname: String,
     /// Size of /dev/shm, bytes; 0 for the kernel's default.
     pub shm_size_bytes: u64,
+    /// Parameters of the pod's network, `net.*`, by their names.
+    pub sysctls: BTreeMap<String, String>,
 }

@@ -16,6 +16,7 @@
 //! | AppArmor profile, SELinux labels | dropped with a warning: the guest's kernel has neither |
 //! | cgroupsPath | the pod's cgroup on the host; in the guest `/<id>` |
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use caisson_protocol::PROTOCOL_VERSION;
@@ -105,7 +106,8 @@ pub fn translate(
     let mut spec = bundle.spec.clone();
     let mut shm_size_bytes = 0;
 
-    let linux = spec.linux().clone().unwrap_or_default();
+    let mut linux = spec.linux().clone().unwrap_or_default();
+    let sysctls = take_network_sysctls(&mut linux);
     let cgroup = path_from_spec(linux.cgroups_path().as_deref(), id.as_str())?;
     let vm = shape(config, linux.resources().as_ref(), host)?;
 
@@ -140,6 +142,7 @@ pub fn translate(
         sandbox: SandboxPlan {
             hostname,
             shm_size_bytes,
+            sysctls,
         },
         mounts: plans,
         guest_spec: spec,
@@ -372,6 +375,21 @@ fn tmpfs_size(mount: &Mount) -> Option<u64> {
         _ => (text, 1),
     };
     number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+/// Takes `net.*` out of the container's parameters where it has a network of its own: that is the guest's, so the
+/// pod gets them. (Without one they stay, and are refused as runc refuses them.)
+fn take_network_sysctls(linux: &mut Linux) -> BTreeMap<String, String> {
+    let own_network = |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network;
+    let namespaces = linux.namespaces().as_ref();
+    if !namespaces.is_some_and(|all| all.iter().any(own_network)) {
+        return BTreeMap::new();
+    }
+    let all = linux.sysctl().clone().unwrap_or_default();
+    let is_network = |(name, _): &(String, String)| name.replace('/', ".").starts_with("net.");
+    let (network, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(is_network);
+    linux.set_sysctl(Some(rest.into_iter().collect()));
+    network.into_iter().collect()
 }
 
 fn guest_linux(mut linux: Linux, id: &ContainerId, warnings: &mut Vec<String>) -> Linux {

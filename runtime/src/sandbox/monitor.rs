@@ -288,6 +288,7 @@ fn sandbox_request(plan: &Plan) -> CreateSandboxRequest {
         time_ns,
         entropy: entropy(),
         shm_size_bytes: plan.sandbox.shm_size_bytes,
+        sysctls: plan.sandbox.sysctls.clone().into_iter().collect(),
         ..Default::default()
     }
 }

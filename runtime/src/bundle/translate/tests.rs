@@ -180,3 +180,25 @@ fn a_plan_survives_its_way_through_the_state_directory() {
     assert_eq!(back.sandbox.hostname, "h");
     assert!(back.vm.cmdline.contains("caisson.protocol="));
 }
+
+#[test]
+fn parameters_of_an_own_network_go_to_the_pod_and_others_stay() {
+    let with = |namespaces: Value| {
+        let plan = translated(|c| {
+            c["linux"]["namespaces"] = namespaces;
+            c["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1", "net/core/somaxconn": "9",
+                "kernel.msgmax": "1"});
+        });
+        let plan = plan.unwrap().plan;
+        let left = plan.guest_spec.linux().as_ref().unwrap().sysctl().clone();
+        let mut left: Vec<_> = left.unwrap_or_default().into_keys().collect();
+        left.sort();
+        (plan.sandbox.sysctls.into_keys().collect::<Vec<_>>(), left)
+    };
+    let (pod, container) = with(json!([{"type": "network"}]));
+    assert_eq!(pod, ["net.ipv4.ip_forward", "net/core/somaxconn"]);
+    assert_eq!(container, ["kernel.msgmax"]);
+    let (pod, container) = with(json!([]));
+    assert!(pod.is_empty());
+    assert_eq!(container.len(), 3);
+}

@@ -91,31 +91,7 @@ pub fn install(tools: &[Tool]) -> Result<(), ToolError> {
     if !Path::new("/usr/bin/apt-get").exists() {
         return Err(ToolError::NoApt(name, package));
     }
-    let apt_get = |arguments: &[&str]| -> Result<(), ToolError> {
-        let mut command = match rustix::process::geteuid().is_root() {
-            true => Command::new("env"),
-            false => {
-                let mut sudo = Command::new("sudo");
-                sudo.args(["-n", "env"]);
-                sudo
-            }
-        };
-        command
-            .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q"])
-            .args(arguments);
-        say(&format!("$ apt-get {}", arguments.join(" ")));
-        // apt's own words go to stderr: stdout may be somebody's data.
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::from(std::io::stderr()));
-        let line = format!("apt-get {}", arguments.join(" "));
-        match command.status() {
-            Ok(status) if status.success() => Ok(()),
-            Ok(status) => Err(ToolError::NotInstalled(name, line, status.to_string())),
-            Err(error) => Err(ToolError::NotInstalled(name, line, error.to_string())),
-        }
-    };
-    apt_get(&["update"])?;
+    update_lists()?;
     let packages: Vec<&str> = missing
         .iter()
         .filter_map(|tool| known_package(tool))
@@ -125,7 +101,40 @@ pub fn install(tools: &[Tool]) -> Result<(), ToolError> {
         packages.as_slice(),
     ]
     .concat();
-    apt_get(&arguments)
+    apt_get(name, &arguments)
+}
+
+/// Fetches what the archives offer now.
+///
+/// # Errors
+/// If apt-get is missing or fails.
+pub fn update_lists() -> Result<(), ToolError> {
+    apt_get("the list of packages", &["update"])
+}
+
+/// Runs apt-get, as root. `what` is what fails if it does.
+fn apt_get(what: &'static str, arguments: &[&str]) -> Result<(), ToolError> {
+    let mut command = match rustix::process::geteuid().is_root() {
+        true => Command::new("env"),
+        false => {
+            let mut sudo = Command::new("sudo");
+            sudo.args(["-n", "env"]);
+            sudo
+        }
+    };
+    let line = format!("apt-get {}", arguments.join(" "));
+    say(&format!("$ {line}"));
+    command
+        .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q"])
+        .args(arguments)
+        .stdin(Stdio::null())
+        // apt's own words go to stderr: stdout may be somebody's data.
+        .stdout(Stdio::from(std::io::stderr()));
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(ToolError::NotInstalled(what, line, status.to_string())),
+        Err(error) => Err(ToolError::NotInstalled(what, line, error.to_string())),
+    }
 }
 
 /// The first of the tool's packages that apt has a version of.

@@ -185,11 +185,11 @@ fn kernel() -> Result<PathBuf> {
         let hash = output_of(&mut Command::new(scripts.join("inputs.sh")))?;
         Ok(dir.join(hash.trim()).join("vmlinux"))
     };
-    // Without the tools, or before apt knows the source, there is no hash yet; the build sees to both.
-    if let Ok(built) = kernel()
-        && built.is_file()
-    {
-        return Ok(built);
+    match kernel() {
+        Ok(built) if built.is_file() => return Ok(built),
+        Ok(_) => {}
+        // On a fresh machine apt does not know the source yet.
+        Err(_) => tools::update_lists()?,
     }
     say("building the guest kernel (once; five to twelve minutes on two cores)");
     let status = Command::new(scripts.join("build.sh"))

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use nix::sys::stat::Mode;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Commands for working on Caisson")]
@@ -40,6 +41,8 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    // What is installed is for everybody to read, whatever the caller keeps to itself.
+    nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
     // Before any thread is started.
     let prepared = caisson_testbed::cleanup::on_signals();
     let result = prepared

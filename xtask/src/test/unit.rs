@@ -27,12 +27,11 @@ pub(super) fn run(filter: Option<&str>) -> Result<Tally> {
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line.context("failed to read what the unit tests say")?;
         let line = String::from_utf8_lossy(&line);
-        match summary(&line) {
-            Some(part) => tally.add(part),
-            None if filter.is_some() && is_idle(&line) => continue,
-            None => {}
+        let part = summary(&line);
+        tally.add(part.unwrap_or_default());
+        if filter.is_none() || !is_idle(&line, part) {
+            print(&line);
         }
-        print(&line);
     }
     let status = child.wait().context("failed to wait for cargo test")?;
     // A crash of a test program has no summary.
@@ -43,8 +42,9 @@ pub(super) fn run(filter: Option<&str>) -> Result<Tally> {
 }
 
 /// What programs say in which the filter leaves nothing.
-fn is_idle(line: &str) -> bool {
-    line == "running 0 tests" || line.trim().is_empty()
+fn is_idle(line: &str, summary: Option<Tally>) -> bool {
+    let nothing = summary.is_some_and(|part| part.passed + part.failed + part.ignored == 0);
+    nothing || line == "running 0 tests" || line.trim().is_empty()
 }
 
 /// The counts in a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; …`.

@@ -26,8 +26,9 @@ use clap::Args;
 use crate::build::{Build, Kind};
 use crate::{say, tree};
 
-/// What the builds of the binaries need besides Rust. (The kernel's build looks after itself.)
-const BUILD_TOOLS: [Tool; 6] = [
+/// What the builds of the binaries, and the unit tests, need besides Rust. (The kernel's build looks after
+/// itself, and so does the testbed.)
+const TOOLS: [Tool; 8] = [
     Tool {
         any_of: &["cc"],
         packages: &["gcc"],
@@ -51,6 +52,14 @@ const BUILD_TOOLS: [Tool; 6] = [
     Tool {
         any_of: &["pkg-config"],
         packages: &["pkg-config"],
+    },
+    Tool {
+        any_of: &["busybox"],
+        packages: &["busybox-static"],
+    },
+    Tool {
+        any_of: &["cpio"],
+        packages: &["cpio"],
     },
 ];
 
@@ -122,9 +131,15 @@ impl Stage {
     }
 }
 
+/// Installs what the builds and the unit tests need, if anything is missing.
+pub(crate) fn tools() -> Result<()> {
+    tools::install(&TOOLS)?;
+    Ok(())
+}
+
 /// Builds and installs.
 pub(crate) fn install(prefix: &Path, destdir: &Path) -> Result<()> {
-    tools::install(&BUILD_TOOLS)?;
+    tools()?;
     let programs = Build {
         kind: Kind::Binary,
         packages: &["caisson-runtime", "caisson-vmm", "caisson-rootfs-builder"],

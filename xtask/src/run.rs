@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use caisson_testbed::cleanup::RunDir;
-use caisson_testbed::tools::{self, Tool};
 use caisson_testbed::{Command, Options, Share, Testbed};
 use clap::Args;
 
@@ -18,11 +17,6 @@ use crate::install::{self, Stage};
 use crate::session::{Ended, Session};
 use crate::{build, say};
 
-/// The root file system of the container is made of this one binary.
-const BUSYBOX: Tool = Tool {
-    any_of: &["busybox"],
-    packages: &["busybox-static"],
-};
 /// What the container does if nobody says.
 const GREETING: &str =
     "echo 'Hello from a container in a microVM.'; echo \"Its kernel: $(uname -r)\"";
@@ -86,7 +80,6 @@ impl Run {
     }
 
     fn make_bundle(&self, stage: &Stage, work: &RunDir, terminal: bool) -> Result<PathBuf> {
-        tools::install(&[BUSYBOX])?;
         let bundle = work.path().join("bundle");
         let mut builder = HostCommand::new(stage.prefix().join("bin/caisson-rootfs-builder"));
         builder

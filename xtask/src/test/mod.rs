@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::say;
+use crate::{install, say};
 
 /// Options of `test`.
 #[derive(Debug, Args)]
@@ -56,6 +56,7 @@ impl Test {
         if self.testbeds == 0 {
             bail!("no test can run in 0 testbeds");
         }
+        install::tools()?;
         let filter = self.name.as_deref();
         let suite = e2e::Suite::build()?;
         let chosen = suite.choose(filter);

@@ -28,8 +28,8 @@ use crate::storage::StorageRequest;
 
 /// Longest time that a shutdown waits for containers to end by themselves.
 const MAX_GRACE: Duration = Duration::from_secs(3600);
-/// How long the host is given to take the answer to a shutdown before the machine ends.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+/// How long the host is given to end the VM after the answer to a shutdown; then the machine ends by itself.
+const HOST_ENDS: Duration = Duration::from_secs(5);
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -362,10 +362,10 @@ impl agent_ttrpc::Agent for Service {
         let grace = Duration::from_millis(request.grace_ms.into()).min(MAX_GRACE);
         whole(async move {
             sandbox.stop_all(grace).await;
-            // The answer goes out while the file systems are written back.
+            // Written back before the answer, as the host may end the VM as soon as it has that.
+            let _ = tokio::task::spawn_blocking(nix::unistd::sync).await;
             tokio::spawn(async {
-                let _ = tokio::task::spawn_blocking(nix::unistd::sync).await;
-                tokio::time::sleep(LAST_WORDS).await;
+                tokio::time::sleep(HOST_ENDS).await;
                 machine::power_off();
             });
             Ok(())

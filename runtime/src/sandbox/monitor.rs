@@ -397,18 +397,19 @@ impl Container {
             }
         }
         if orderly {
+            // The guest has written everything back when it answers, so nothing is lost by ending it then.
             let limit = plan.timeouts.request();
-            let end = async {
-                if let Err(error) = guest.shutdown(0).await {
-                    log::warn!("{}", chain(&error));
+            let stopped = async {
+                tokio::select! {
+                    result = guest.shutdown(0) => result,
+                    // It may end before its answer is read.
+                    _ = vm.ended() => Ok(()),
                 }
-                vm.ended().await
             };
-            if tokio::time::timeout(limit, end).await.is_err() {
-                log::warn!(
-                    "the guest of {} did not power off: killing its VM",
-                    state.id()
-                );
+            match tokio::time::timeout(limit, stopped).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => log::warn!("{}", chain(&error)),
+                Err(_) => log::warn!("the guest of {} did not stop: killing its VM", state.id()),
             }
         }
         vm.kill();

@@ -204,12 +204,23 @@ impl Cgroup {
     /// When processes are still in it.
     pub fn remove(&self) -> Result<(), CgroupError> {
         remove_below(&self.path)?;
+        self.remove_default_parent();
+        Ok(())
+    }
+
+    /// Removes it if it is there and nothing is in it, neither processes nor cgroups: one that may be somebody
+    /// else's is left alone then.
+    pub fn remove_unused(&self) {
+        fs::remove_dir(&self.path).unwrap_or_default();
+        self.remove_default_parent();
+    }
+
+    fn remove_default_parent(&self) {
         let parent = Path::new(CGROUP_ROOT).join(DEFAULT_PARENT);
         if self.path.parent() == Some(&parent) {
             // Not empty while other pods live: then it stays.
             fs::remove_dir(&parent).unwrap_or_default();
         }
-        Ok(())
     }
 
     fn populated(&self) -> Result<bool, CgroupError> {
@@ -283,6 +294,22 @@ mod tests {
         for bad in ["/", ".", "..", "/a/../b", "a/.."] {
             assert!(path(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn only_an_empty_cgroup_counts_as_unused() {
+        // The rule is that of rmdir, which ordinary directories share.
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup {
+            path: root.path().join("pod"),
+        };
+        std::fs::create_dir_all(cgroup.path.join("somebody's")).unwrap();
+        cgroup.remove_unused();
+        assert!(cgroup.path.join("somebody's").exists());
+        std::fs::remove_dir(cgroup.path.join("somebody's")).unwrap();
+        cgroup.remove_unused();
+        assert!(!cgroup.path.exists());
+        cgroup.remove_unused();
     }
 
     #[test]

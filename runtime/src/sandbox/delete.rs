@@ -62,15 +62,24 @@ pub(crate) fn destroy(state: &StateDir) -> Result<(), RuntimeError> {
 }
 
 fn kill_all(record: &Record) -> Result<(), RuntimeError> {
+    let cgroup = record.cgroup.as_deref().map(Cgroup::at);
+    if record.monitor.is_none() {
+        // No process was written down, so none of ours lives: the one that makes the cgroup does it under the
+        // lock that is held here, and writes itself down before it gives that up. What it may have made before
+        // it was killed goes; a cgroup with others in it is not ours.
+        cgroup
+            .as_ref()
+            .map(Cgroup::remove_unused)
+            .unwrap_or_default();
+        return Ok(());
+    }
     // Also when its VM has just ended: whoever waits for it is to get the right status.
     if record.status() == Status::Stopped
         && let Some(monitor) = record.monitor
     {
         monitor.wait_end(END_LIMIT);
     }
-    if let Some(cgroup) = record.cgroup.as_deref().map(Cgroup::at)
-        && record.monitor.is_some()
-    {
+    if let Some(cgroup) = &cgroup {
         cgroup.kill(KILL_LIMIT)?;
         // Without a cgroup of its own, or if they could not enter it, they are found one by one below.
     }
@@ -83,9 +92,7 @@ fn kill_all(record: &Record) -> Result<(), RuntimeError> {
             });
         }
     }
-    if let Some(cgroup) = record.cgroup.as_deref().map(Cgroup::at)
-        && record.monitor.is_some()
-    {
+    if let Some(cgroup) = &cgroup {
         cgroup.remove()?;
     }
     Ok(())

@@ -14,6 +14,7 @@
 pub mod frame;
 
 pub mod accel;
+pub mod bench;
 pub mod cache;
 pub mod cleanup;
 mod cpio;

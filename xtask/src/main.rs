@@ -7,6 +7,7 @@
 
 #[cfg(test)]
 mod architecture;
+mod bench;
 mod build;
 mod install;
 mod run;
@@ -30,6 +31,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Measures in the testbed, and makes tables and a picture
+    Bench(bench::Bench),
     /// Builds everything and installs it
     Install(install::Install),
     /// Runs a container in a microVM
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<u8> {
     match task {
+        Task::Bench(bench) => bench.run(),
         Task::Install(install) => install.run(),
         Task::Test(test) => test.run(),
         Task::Run(run) => run.run(),
@@ -70,6 +74,14 @@ fn run(task: Task) -> Result<u8> {
 fn say(line: &str) {
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// A line of a report, on stdout.
+fn print(line: &str) {
+    use std::io::Write;
+    let mut stdout = std::io::stdout().lock();
+    // A reader that has gone stops no test.
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
 }
 
 /// The root of the tree.

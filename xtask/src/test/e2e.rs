@@ -18,9 +18,10 @@ use caisson_testbed::cleanup::RunDir;
 use caisson_testbed::frame::Exit;
 use caisson_testbed::{Command, Event, LinkError, Options, Share, Testbed, cache};
 
-use super::{Tally, print};
+use super::Tally;
 use crate::build::{self, Build, Kind};
 use crate::install::{self, Stage};
+use crate::print;
 
 /// Environment variable that names another runtime to run the tests against.
 const RUNTIME: &str = "CAISSON_RUNTIME";

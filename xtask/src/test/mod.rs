@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Args;
 
+use crate::print;
 use crate::{install, say};
 
 /// Options of `test`.
@@ -84,12 +85,4 @@ impl Test {
         }
         Ok(u8::from(tally.failed > 0))
     }
-}
-
-/// A line of the report.
-fn print(line: &str) {
-    use std::io::Write;
-    let mut stdout = std::io::stdout().lock();
-    // A reader that has gone stops no test.
-    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
 }

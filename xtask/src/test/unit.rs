@@ -7,8 +7,9 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Tally, print};
+use super::Tally;
 use crate::build::cargo;
+use crate::print;
 
 /// Runs the unit tests whose names contain `filter`.
 pub(super) fn run(filter: Option<&str>) -> Result<Tally> {

@@ -16,7 +16,8 @@ use caisson_protocol::agent::agent::{
 use caisson_protocol::agent::agent_ttrpc::AgentClient;
 use caisson_protocol::error::ErrorCode;
 use caisson_protocol::ports::{AGENT_RPC, MAX_LINE};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use rustix::net::{RecvFlags, recv};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use ttrpc::r#async::transport::Socket;
@@ -136,11 +137,27 @@ impl Connector {
 /// When the stream ends before, the line is longer than [`MAX_LINE`] or not UTF-8.
 pub async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
     let mut line = Vec::new();
+    let mut seen = [0; 128];
     loop {
-        match stream.read_u8().await? {
-            b'\n' => break,
-            _ if line.len() >= MAX_LINE => return Err(io::ErrorKind::InvalidData.into()),
-            byte => line.push(byte),
+        // Looked at first, so that what follows the line stays in the stream.
+        let peek = || Ok(recv(&*stream, &mut seen, RecvFlags::PEEK)?.1);
+        let count = stream.async_io(Interest::READABLE, peek).await?;
+        let seen = seen.get(..count).unwrap_or_default();
+        let end = seen.iter().position(|byte| *byte == b'\n');
+        let taken = end.map_or(count, |end| end + 1);
+        if taken == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let start = line.len();
+        line.resize(start + taken, 0);
+        stream.read_exact(&mut line[start..]).await?;
+        // The end of the line is no part of its length.
+        if line.len() - usize::from(end.is_some()) > MAX_LINE {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        if end.is_some() {
+            line.pop();
+            break;
         }
     }
     String::from_utf8(line).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
@@ -441,6 +458,32 @@ mod tests {
         let error = read_line(&mut ours).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         writer.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_line_may_come_in_parts_and_be_of_any_length_up_to_the_bound() {
+        for length in [0, 1, 127, 128, 129, MAX_LINE] {
+            let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+            let sent = "y".repeat(length);
+            let text = sent.clone();
+            let writer = tokio::spawn(async move {
+                for part in text.as_bytes().chunks(100) {
+                    theirs.write_all(part).await.unwrap();
+                    tokio::task::yield_now().await;
+                }
+                theirs.write_all(b"\nrest").await.unwrap();
+            });
+            assert_eq!(read_line(&mut ours).await.unwrap(), sent);
+            writer.await.unwrap();
+            let mut rest = String::new();
+            ours.read_to_string(&mut rest).await.unwrap();
+            assert_eq!(rest, "rest");
+        }
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"no end").await.unwrap();
+        drop(theirs);
+        let error = read_line(&mut ours).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[tokio::test]

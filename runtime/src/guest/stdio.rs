@@ -97,17 +97,26 @@ pub async fn attach(
     process: &ProcessId,
     local: LocalStdio,
 ) -> Result<Outputs, GuestError> {
+    // All at once: each is a conversation of several turns with the guest.
+    let open = |wanted: bool, stream| async move {
+        match wanted {
+            true => open(connector, process, stream).await.map(Some),
+            false => Ok(None),
+        }
+    };
+    let (stdout, stderr, stdin) = tokio::try_join!(
+        open(local.stdout.is_some(), Stream::Stdout),
+        open(local.stderr.is_some(), Stream::Stderr),
+        open(local.stdin.is_some(), Stream::Stdin),
+    )?;
     let mut ends = Vec::new();
-    if let Some(fd) = local.stdout {
-        let stream = open(connector, process, Stream::Stdout).await?;
+    if let (Some(stream), Some(fd)) = (stdout, local.stdout) {
         ends.push(copy_out("stdout", stream, fd)?);
     }
-    if let Some(fd) = local.stderr {
-        let stream = open(connector, process, Stream::Stderr).await?;
+    if let (Some(stream), Some(fd)) = (stderr, local.stderr) {
         ends.push(copy_out("stderr", stream, fd)?);
     }
-    if let Some(fd) = local.stdin {
-        let stream = open(connector, process, Stream::Stdin).await?;
+    if let (Some(stream), Some(fd)) = (stdin, local.stdin) {
         copy_in(fd, stream)?;
     }
     Ok(Outputs { ends })

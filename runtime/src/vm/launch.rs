@@ -154,8 +154,10 @@ fn become_vmm(
     let document = memfd_create("vm-config", MemfdFlags::CLOEXEC)
         .map_err(prepare("make the VMM's configuration"))?;
     let mut document = File::from(document);
-    let write = serde_json::to_writer(&document, config)
+    // In one piece: a serializer on a file makes a system call of every token.
+    let write = serde_json::to_vec(config)
         .map_err(io::Error::from)
+        .and_then(|text| document.write_all(&text))
         .and_then(|()| document.rewind());
     write.map_err(|source| LaunchError::Prepare {
         operation: "write the VMM's configuration",

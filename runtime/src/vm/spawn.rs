@@ -6,7 +6,7 @@
 //! bounded, and nothing in them is used but for messages.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -80,9 +80,11 @@ fn helper(plan: &LaunchPlan, log: &File) -> Result<Command, SpawnError> {
     let document =
         memfd_create("launch-plan", MemfdFlags::CLOEXEC).map_err(spawn_error("make a memfd"))?;
     let mut document = File::from(document);
-    serde_json::to_writer(&document, plan)
+    // In one piece: a serializer on a file makes a system call of every token.
+    serde_json::to_vec(plan)
         .map_err(io::Error::from)
-        .and_then(|()| io::Seek::rewind(&mut document))
+        .and_then(|text| document.write_all(&text))
+        .and_then(|()| document.rewind())
         .map_err(spawn_error("write the launch plan"))?;
     let log = log.try_clone().map_err(spawn_error("share the log"))?;
     let mut command = Command::new("/proc/self/exe");

@@ -16,6 +16,10 @@ use crate::tree;
 /// static, are built for the host without the flag.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// A static binary moves itself to where it is loaded, and a list of what to mend then is a third of a megabyte
+/// unless it is packed (glibc 2.36 and later unpack it).
+const STATIC_FLAGS: &str = "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs";
+
 /// What to build.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Build<'a> {
@@ -24,9 +28,18 @@ pub(crate) struct Build<'a> {
     pub(crate) packages: &'a [&'a str],
     /// Names of the executables' targets in those packages.
     pub(crate) targets: &'a [&'a str],
-    pub(crate) release: bool,
+    pub(crate) profile: Profile,
     /// Linked without a dynamic loader.
     pub(crate) is_static: bool,
+}
+
+/// Profiles of the workspace's Cargo.toml.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Profile {
+    Dev,
+    Release,
+    /// Small, for what is in every guest.
+    Guest,
 }
 
 /// Kind of cargo target.
@@ -57,12 +70,14 @@ impl Build<'_> {
         if !std::io::stderr().is_terminal() {
             command.arg("--quiet");
         }
-        if self.release {
-            command.arg("--release");
+        match self.profile {
+            Profile::Dev => {}
+            Profile::Release => drop(command.arg("--release")),
+            Profile::Guest => drop(command.args(["--profile", "guest"])),
         }
         if self.is_static {
             command.args(["--target", STATIC_TARGET]);
-            command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+            command.env("RUSTFLAGS", STATIC_FLAGS);
             command.env("LIBSECCOMP_LINK_TYPE", "static");
             command.env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
         }
@@ -117,7 +132,7 @@ pub(crate) fn testbed_init() -> Result<PathBuf> {
         kind: Kind::Binary,
         packages: &["caisson-testbed"],
         targets: &["testbed-init"],
-        release: false,
+        profile: Profile::Dev,
         is_static: true,
     };
     build.run()?.pop().context("cargo made no testbed-init")

@@ -23,7 +23,7 @@ use caisson_testbed::cleanup::RunDir;
 use caisson_testbed::tools::{self, Tool};
 use clap::Args;
 
-use crate::build::{Build, Kind};
+use crate::build::{Build, Kind, Profile};
 use crate::{say, tree};
 
 /// What the builds of the binaries, and the unit tests, need besides Rust. (The kernel's build looks after
@@ -144,7 +144,7 @@ pub(crate) fn install(prefix: &Path, destdir: &Path) -> Result<()> {
         kind: Kind::Binary,
         packages: &["caisson-runtime", "caisson-vmm", "caisson-rootfs-builder"],
         targets: &["caisson", "caisson-vmm", "caisson-rootfs-builder"],
-        release: true,
+        profile: Profile::Release,
         is_static: false,
     }
     .run()?;
@@ -155,7 +155,7 @@ pub(crate) fn install(prefix: &Path, destdir: &Path) -> Result<()> {
         kind: Kind::Binary,
         packages: &["caisson-agent"],
         targets: &["caisson-agent"],
-        release: true,
+        profile: Profile::Guest,
         is_static: true,
     }
     .run()?

@@ -17,7 +17,7 @@ use caisson_testbed::bench::Line;
 use caisson_testbed::{Command, Event, Options, Share, Testbed};
 use clap::Args;
 
-use crate::build::{Build, Kind};
+use crate::build::{Build, Kind, Profile};
 use crate::install::{self, Stage};
 use crate::{build, print, say, tree};
 use report::Report;
@@ -76,7 +76,7 @@ impl Bench {
             kind: Kind::Binary,
             packages: &["caisson-testbed"],
             targets: &["caisson-bench"],
-            release: false,
+            profile: Profile::Dev,
             is_static: false,
         }
         .run()?

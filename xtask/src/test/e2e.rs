@@ -19,7 +19,7 @@ use caisson_testbed::frame::Exit;
 use caisson_testbed::{Command, Event, LinkError, Options, Share, Testbed, cache};
 
 use super::Tally;
-use crate::build::{self, Build, Kind};
+use crate::build::{self, Build, Kind, Profile};
 use crate::install::{self, Stage};
 use crate::print;
 
@@ -89,7 +89,7 @@ impl Suite {
             kind: Kind::IntegrationTest,
             packages: &["caisson-testbed"],
             targets: &["e2e"],
-            release: false,
+            profile: Profile::Dev,
             is_static: false,
         }
         .run()?

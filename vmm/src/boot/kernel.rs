@@ -4,6 +4,13 @@
 //!
 //! The kernel is an uncompressed ELF `vmlinux` with a PVH entry note; its segments go where it says. The
 //! initramfs goes to the end of the memory below the hole. Both are read straight into guest memory.
+//!
+//! They are copied, not mapped privately from their files. Linux patches itself at its start (alternatives, returns,
+//! retpolines): of the 2,317 pages of our kernel's text it writes 2,282, of the whole image 2,608 of 3,101.
+//! Mapped, nearly every page would be copied all the same, but by a fault and an exit each, in pieces of 4 KiB
+//! where the host could give huge pages (128 MiB guest, exits until init: 569 with huge pages, 6,039 without).
+//! And whoever truncated the file of a running VM would end it by SIGBUS. Sharing between pods comes from a template
+//! of a machine that is already patched.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};

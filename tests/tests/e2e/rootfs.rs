@@ -216,14 +216,11 @@ AT = -100
 assert libc.renameat2(AT, b'a', AT, b'b', 1) == -1 and ctypes.get_errno() == errno.EEXIST
 assert libc.renameat2(AT, b'a', AT, b'b', 2) == 0
 assert open('a').read() == 'b' and open('b').read() == 'a'
-try:
-    fd = os.open('.', os.O_TMPFILE | os.O_RDWR, 0o600)
-    os.write(fd, b'temporary')
-    assert libc.linkat(AT, b'/proc/self/fd/%d' % fd, AT, b'named', 0x400) == 0, ctypes.get_errno()
-except OSError as e:
-    # Not supported over virtio-fs yet; programs fall back to a named file.
-    assert e.errno == errno.EOPNOTSUPP
-    open('named', 'w').write('temporary')
+fd = os.open('.', os.O_TMPFILE | os.O_RDWR, 0o600)
+os.write(fd, b'temporary')
+assert os.fstat(fd).st_nlink == 0 and 'named' not in os.listdir('.')
+assert libc.linkat(AT, b'/proc/self/fd/%d' % fd, AT, b'named', 0x400) == 0, ctypes.get_errno()
+assert os.fstat(fd).st_nlink == 1
 assert open('named').read() == 'temporary'
 fd = os.open('sparse', os.O_RDWR | os.O_CREAT)
 os.posix_fallocate(fd, 0, 1 << 20)

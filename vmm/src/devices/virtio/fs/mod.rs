@@ -9,7 +9,8 @@
 //! - `worker`: one thread per queue, takes chains off the ring;
 //! - `segments`: a chain as checked slices of guest memory;
 //! - `request`, `body`, `names`: the guest's bytes, parsed without I/O;
-//! - `server`, `operations`, `transfer`: what each FUSE operation does;
+//! - `server`, `operations`, `answers`, `transfer`: what each FUSE operation does;
+//! - `unnamed`, `unnamed_answers`: the same for files without a name (`O_TMPFILE`);
 //! - `passthrough`: the host's files, by virtiofsd's `PassthroughFs`;
 //! - `reply`: the answer.
 //!
@@ -22,6 +23,7 @@
 //! up *before* something was mounted on it keeps showing what was there until the guest's cache entry runs out:
 //! mount first, tell the guest then.
 
+mod answers;
 mod body;
 pub mod device;
 mod names;
@@ -35,6 +37,8 @@ mod sys;
 #[cfg(test)]
 mod tests;
 mod transfer;
+mod unnamed;
+mod unnamed_answers;
 mod worker;
 
 use std::path::PathBuf;

@@ -10,19 +10,18 @@ use std::sync::atomic::Ordering;
 
 use virtiofsd::filesystem::{
     Context, DirEntry, DirectoryIterator, Entry, Extensions, FileSystem, GetxattrReply,
-    ListxattrReply, OpenOptions,
+    ListxattrReply,
 };
 use virtiofsd::fuse::{
-    Attr, AttrOut, CopyfilerangeIn, CreateIn, EntryOut, GetxattrOut, InHeader, Kstatfs, LseekIn,
-    LseekOut, MknodIn, OPEN_KILL_SUIDGID, OpenOut, ReadIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn,
-    WriteOut,
+    Attr, CopyfilerangeIn, CreateIn, InHeader, Kstatfs, LseekIn, LseekOut, MknodIn,
+    OPEN_KILL_SUIDGID, ReadIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn,
 };
 use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::ByteValued;
 
-use super::names::XattrName;
+use super::answers::xattr_size;
 use super::reply::{Listing, Reply};
-use super::request::{MAX_DATA, NewEntry, Operation};
+use super::request::{MAX_DATA, NewEntry, Operation, XATTR_SIZE_MAX};
 use super::segments::Segments;
 use super::server::Server;
 use super::sys;
@@ -44,7 +43,7 @@ const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_NOATIME;
 
 /// Most bytes that one COPY_FILE_RANGE moves: the thread is busy for as long. The guest asks for the rest.
-const COPY_MAX: u64 = 16 << 20;
+pub(super) const COPY_MAX: u64 = 16 << 20;
 
 /// Longest list of directory entries of one answer, bytes.
 const LISTING_MAX: usize = MAX_DATA as usize;
@@ -61,6 +60,9 @@ impl Server {
         let context = Context::from(*header);
         let node = header.nodeid;
         let fs = &self.host.fs;
+        if operation.is_on_unnamed(node) {
+            return self.answer_unnamed(header, operation, data, reply);
+        }
         match operation {
             Operation::Lookup(name) => self.entry(reply, fs.lookup(context, node, name.as_c_str())),
             Operation::Getattr(handle) => self.attr(reply, fs.getattr(context, node, handle)),
@@ -193,13 +195,7 @@ impl Server {
                     let flags = open_flags(flags);
                     fs.create(context, node, name, mode, kill_priv, flags, umask, groups)
                 });
-                match made {
-                    Ok((entry, handle, options)) => {
-                        let opened = open_out(handle, options);
-                        reply.ok(&[EntryOut::from(entry).as_slice(), opened.as_slice()])
-                    }
-                    Err(error) => self.failed(reply, &error),
-                }
+                self.created(reply, made)
             }
             _ => self.fail(reply, libc::ENOSYS),
         }
@@ -230,33 +226,19 @@ impl Server {
                     Err(error) => self.failed(reply, &error),
                 }
             }
-            Operation::Listxattr(size) => match self.list_xattrs(context, node) {
-                Ok(names) if size == 0 => {
-                    let len = u32::try_from(names.len()).unwrap_or(u32::MAX);
-                    reply.ok(&[xattr_size(len).as_slice()])
-                }
-                Ok(names) if names.len() > size as usize => self.fail(reply, libc::ERANGE),
-                Ok(names) => reply.ok(&[&names]),
-                Err(error) => self.failed(reply, &error),
-            },
+            Operation::Listxattr(size) => {
+                self.xattr_names(reply, size, self.list_xattrs(context, node))
+            }
             _ => self.fail(reply, libc::ENOSYS),
         }
     }
 
-    /// The attribute names that the guest may see, each with its NUL.
+    /// All names of attributes, each with its NUL.
     fn list_xattrs(&self, context: Context, node: u64) -> io::Result<Vec<u8>> {
-        /// XATTR_LIST_MAX.
-        const LIST_MAX: u32 = 64 << 10;
-        let names = match self.host.fs.listxattr(context, node, LIST_MAX)? {
-            ListxattrReply::Names(names) => names,
-            ListxattrReply::Count(_) => Vec::new(),
-        };
-        Ok(names
-            .split_inclusive(|byte| *byte == 0)
-            .filter(|name| name.strip_suffix(&[0]).is_some_and(XattrName::is_allowed))
-            .flatten()
-            .copied()
-            .collect())
+        match self.host.fs.listxattr(context, node, XATTR_SIZE_MAX)? {
+            ListxattrReply::Names(names) => Ok(names),
+            ListxattrReply::Count(_) => Ok(Vec::new()),
+        }
     }
 
     fn read(&self, header: &InHeader, args: ReadIn, reply: Reply<'_>) -> u32 {
@@ -407,71 +389,10 @@ impl Server {
             entry_timeout: std::time::Duration::ZERO,
         }
     }
-
-    fn entry(&self, reply: Reply<'_>, entry: io::Result<Entry>) -> u32 {
-        match entry {
-            Ok(entry) => reply.ok(&[EntryOut::from(entry).as_slice()]),
-            Err(error) => self.failed(reply, &error),
-        }
-    }
-
-    fn attr(&self, reply: Reply<'_>, attr: io::Result<(Attr, std::time::Duration)>) -> u32 {
-        match attr {
-            Ok((attr, timeout)) => {
-                let out = AttrOut {
-                    attr_valid: timeout.as_secs(),
-                    attr_valid_nsec: timeout.subsec_nanos(),
-                    dummy: 0,
-                    attr,
-                };
-                reply.ok(&[out.as_slice()])
-            }
-            Err(error) => self.failed(reply, &error),
-        }
-    }
-
-    fn opened(&self, reply: Reply<'_>, opened: io::Result<(Option<u64>, OpenOptions)>) -> u32 {
-        match opened {
-            Ok((handle, options)) => reply.ok(&[open_out(handle, options).as_slice()]),
-            Err(error) => self.failed(reply, &error),
-        }
-    }
-
-    fn written(&self, reply: Reply<'_>, len: usize) -> u32 {
-        let out = WriteOut {
-            size: u32::try_from(len).unwrap_or(u32::MAX),
-            padding: 0,
-        };
-        reply.ok(&[out.as_slice()])
-    }
-
-    fn done(&self, reply: Reply<'_>, done: io::Result<()>) -> u32 {
-        match done {
-            Ok(()) => reply.ok(&[]),
-            Err(error) => self.failed(reply, &error),
-        }
-    }
-
-    /// The guest gets the error number and nothing else.
-    fn failed(&self, reply: Reply<'_>, error: &io::Error) -> u32 {
-        self.fail(reply, error.raw_os_error().unwrap_or(libc::EIO))
-    }
 }
 
 fn open_flags(flags: u32) -> u32 {
     flags & OPEN_FLAGS.cast_unsigned()
-}
-
-fn open_out(handle: Option<u64>, options: OpenOptions) -> OpenOut {
-    OpenOut {
-        fh: handle.unwrap_or(0),
-        open_flags: options.bits(),
-        padding: 0,
-    }
-}
-
-fn xattr_size(size: u32) -> GetxattrOut {
-    GetxattrOut { size, padding: 0 }
 }
 
 /// Which special files a guest can make: what an unprivileged process can, and the character device 0:0,

@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -74,6 +74,11 @@ impl Host {
             directory,
             descriptors,
         })
+    }
+
+    /// The process's open files, `/proc/self/fd`.
+    pub(super) fn descriptors(&self) -> BorrowedFd<'_> {
+        self.descriptors.as_fd()
     }
 
     /// Makes the calling thread, which must serve nothing else, fit to call the file system.

@@ -129,6 +129,11 @@ pub(super) enum Operation<'a> {
         entry: NewEntry<'a>,
         args: CreateIn,
     },
+    /// FUSE_TMPFILE: as CREATE, with a name that means nothing.
+    Tmpfile {
+        args: CreateIn,
+        groups: Vec<GuestGid>,
+    },
     Read(ReadIn),
     Write(WriteIn),
     Readdir(ReadIn),
@@ -218,6 +223,12 @@ impl<'a> Operation<'a> {
             }
             Opcode::Opendir => Self::Opendir(body.take::<OpenIn>()?.flags),
             Opcode::Read => Self::Read(body.data_range()?),
+            Opcode::TmpFile => {
+                let args = body.take()?;
+                body.string()?;
+                let groups = body.groups(dialect)?;
+                Self::Tmpfile { args, groups }
+            }
             Opcode::Readdir => Self::Readdir(body.take()?),
             Opcode::Readdirplus => Self::Readdirplus(body.take()?),
             Opcode::Write => {
@@ -249,8 +260,8 @@ impl<'a> Operation<'a> {
             Opcode::Syncfs => Self::Syncfs,
             Opcode::Destroy => Self::Destroy,
             Opcode::Interrupt => Self::Interrupt,
-            // Locks stay inside the guest (FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS are not agreed on), DAX is not
-            // offered, and the passthrough file system has no unnamed files.
+            // Locks stay inside the guest (FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS are not agreed on), and DAX is
+            // not offered.
             Opcode::Getlk
             | Opcode::Setlk
             | Opcode::Setlkw
@@ -259,8 +270,7 @@ impl<'a> Operation<'a> {
             | Opcode::Poll
             | Opcode::NotifyReply
             | Opcode::SetupMapping
-            | Opcode::RemoveMapping
-            | Opcode::TmpFile => return Err(RequestError::Unsupported(header.opcode)),
+            | Opcode::RemoveMapping => return Err(RequestError::Unsupported(header.opcode)),
         };
         Ok(operation)
     }

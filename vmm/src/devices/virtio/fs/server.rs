@@ -21,6 +21,7 @@ use super::passthrough::Host;
 use super::reply::Reply;
 use super::request::{Dialect, MAX_DATA, MAX_REQUEST, Operation, RequestError, has_reply};
 use super::segments::{Chain, Segments};
+use super::unnamed::{Unnamed, is_unnamed};
 
 /// Pages of [`MAX_DATA`] bytes.
 const MAX_PAGES: u16 = 256;
@@ -43,6 +44,7 @@ pub(super) struct Counters {
 /// A file system and what was agreed on about it. Shared by the device's threads.
 pub(super) struct Server {
     pub(super) host: Host,
+    pub(super) unnamed: Unnamed,
     negotiated: AtomicU64,
     pub(super) counters: Counters,
 }
@@ -61,6 +63,7 @@ impl Server {
     pub(super) fn new(host: Host) -> Self {
         Self {
             host,
+            unnamed: Unnamed::default(),
             negotiated: AtomicU64::new(0),
             counters: Counters::default(),
         }
@@ -106,6 +109,7 @@ impl Server {
     /// Forgets all inodes, handles and what was agreed on: the guest unmounted, or is gone.
     pub(super) fn destroy(&self) {
         self.host.fs.destroy();
+        self.unnamed.clear();
         self.negotiated.store(0, Ordering::Relaxed);
     }
 
@@ -174,8 +178,16 @@ impl Server {
     fn forget(&self, header: &InHeader, operation: Operation<'_>) -> u32 {
         let context = Context::from(*header);
         match operation {
+            Operation::Forget(_) if is_unnamed(header.nodeid) => self.unnamed.forget(header.nodeid),
             Operation::Forget(count) => self.host.fs.forget(context, header.nodeid, count),
-            Operation::BatchForget(nodes) => self.host.fs.batch_forget(context, nodes),
+            Operation::BatchForget(nodes) => {
+                let (unnamed, named): (Vec<_>, _) =
+                    nodes.into_iter().partition(|(node, _)| is_unnamed(*node));
+                self.host.fs.batch_forget(context, named);
+                for (node, _) in unnamed {
+                    self.unnamed.forget(node);
+                }
+            }
             // INTERRUPT: nothing here waits for ever.
             _ => {}
         }

@@ -104,6 +104,21 @@ impl Identity {
         }
     }
 
+    /// Takes on `user` and `group`, and the supplementary `groups`: with them the capabilities of root go.
+    ///
+    /// # Errors
+    /// When the kernel refuses; then [`Self::restore`] undoes what was done.
+    pub(super) fn assume(user: u32, group: u32, groups: &[u32]) -> io::Result<()> {
+        use rustix::process::{Gid, Uid};
+        use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
+        if !groups.is_empty() {
+            let groups: Vec<Gid> = groups.iter().map(|group| Gid::from_raw(*group)).collect();
+            set_thread_groups(&groups)?;
+        }
+        set_thread_res_gid(None, Gid::from_raw(group), None)?;
+        Ok(set_thread_res_uid(None, Uid::from_raw(user), None)?)
+    }
+
     /// Takes it on again where it was left, and leaves all supplementary groups when `groups`.
     pub(super) fn restore(self, groups: bool) {
         use rustix::thread::{set_thread_res_gid, set_thread_res_uid};

@@ -5,6 +5,7 @@
 mod device;
 mod files;
 mod hostile;
+mod unnamed;
 
 use std::path::Path;
 

@@ -228,7 +228,7 @@ fn the_headers_length_is_that_of_the_request() {
 #[test]
 fn an_unknown_operation_is_not_supported() {
     let guest = Guest::new();
-    for opcode in [0, 7, 31, 33, 39, 48, 51, 52, 4096, u32::MAX] {
+    for opcode in [0, 7, 31, 33, 39, 48, 52, 4096, u32::MAX] {
         let (used, answer) = guest.raw(&guest.request(opcode, ROOT, &[0; 64]), 200);
         assert_eq!(used, 16);
         assert_eq!(answer[4..8], (-libc::ENOSYS).to_le_bytes(), "{opcode}");

@@ -99,6 +99,8 @@ pub enum OrderError {
     ConsoleSocketWithoutTerminal,
     #[error("the container was deleted while it was being created")]
     DeletedMeanwhile,
+    #[error("the process that was creating the container has ended")]
+    Abandoned,
 }
 
 /// A VM that did not come up, with the stage that it reached.

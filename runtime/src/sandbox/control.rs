@@ -27,7 +27,15 @@ pub async fn pause(state: &StateDir) -> Result<(), RuntimeError> {
     }
     let (_, guest) = super::guest(state).await?;
     guest.pause(state.id().as_str()).await?;
-    state.lock()?.update(|record| record.paused = true)?;
+    let written = state
+        .lock()
+        .and_then(|lock| lock.update(|record| record.paused = true));
+    if let Err(error) = written {
+        // A frozen container that its state says runs is worse than one that runs on.
+        let undone = guest.resume(state.id().as_str()).await;
+        undone.unwrap_or_else(|error| log::warn!("{}", crate::error::chain(&error)));
+        return Err(error.into());
+    }
     Ok(())
 }
 

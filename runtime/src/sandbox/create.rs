@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::Child;
 
 use super::id::ContainerId;
+use super::process::ProcessRef;
 use super::report::Channel;
 use super::state::{Phase, RECORD_VERSION, Record};
-use super::store::{StateDir, Store};
+use super::store::{StateDir, Store, StoreError};
 use super::{PLAN_FILE, delete, monotonic_ns, now_rfc3339};
 use crate::bundle::load::Bundle;
 use crate::bundle::plan::Plan;
@@ -66,9 +67,12 @@ pub fn create(
     record.timings_ns.insert("called".to_owned(), called_ns);
 
     let state = store.create(&request.id)?;
-    make(&state, &record, &plan, request).inspect_err(|_| {
-        if let Err(error) = delete::destroy(&state) {
-            log::warn!("failed to clean up: {}", crate::error::chain(&error));
+    make(&state, &record, &plan, request).map_err(|error| match delete::destroy(&state) {
+        Ok(()) => error,
+        Err(RuntimeError::Store(StoreError::NotFound(_))) => OrderError::DeletedMeanwhile.into(),
+        Err(left) => {
+            log::warn!("failed to clean up: {}", crate::error::chain(&left));
+            error
         }
     })
 }
@@ -134,6 +138,7 @@ fn new_record(id: &ContainerId, bundle: &Bundle, plan: &Plan) -> Record {
         phase: Phase::Creating,
         paused: false,
         cgroup,
+        creator: ProcessRef::current(),
         monitor: None,
         vmm: None,
         exit: None,

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 
 use super::id::ContainerId;
 use super::state::{Record, Status};
-use super::store::{StateDir, StateLock, Store, StoreError};
+use super::store::{StateDir, Store, StoreError};
 use crate::error::{OrderError, RuntimeError};
 use crate::resources::cgroup::Cgroup;
 
@@ -51,14 +51,23 @@ pub fn delete(store: &Store, id: &ContainerId, force: bool) -> Result<(), Runtim
 /// # Errors
 /// When something does not go away.
 pub(crate) fn destroy(state: &StateDir) -> Result<(), RuntimeError> {
-    let lock = state.lock()?;
-    // A half-made container has no record, or a damaged one: then it has no process either, since the record is
-    // written before the first one starts.
-    match state.record() {
-        Ok(record) => kill_all(&record)?,
-        Err(error) => log::warn!("{}", crate::error::chain(&error)),
+    // Also when its VM has just ended: whoever waits for it is to get the right status. Before the lock is taken,
+    // which the per-container process needs for writing that down.
+    if let Ok(record) = state.record()
+        && record.status() == Status::Stopped
+        && let Some(monitor) = record.monitor
+    {
+        monitor.wait_end(END_LIMIT);
     }
-    remove(lock)
+    let lock = state.lock()?;
+    match lock.record() {
+        Ok(record) => kill_all(&record)?,
+        // It has no process either, since the record is written before the first one starts.
+        Err(StoreError::HalfMade(_)) => {}
+        // One that cannot be read may have processes. Without it nobody would find them again.
+        Err(error) => return Err(error.into()),
+    }
+    lock.remove().map_err(RuntimeError::from)
 }
 
 fn kill_all(record: &Record) -> Result<(), RuntimeError> {
@@ -72,12 +81,6 @@ fn kill_all(record: &Record) -> Result<(), RuntimeError> {
             .map(Cgroup::remove_unused)
             .unwrap_or_default();
         return Ok(());
-    }
-    // Also when its VM has just ended: whoever waits for it is to get the right status.
-    if record.status() == Status::Stopped
-        && let Some(monitor) = record.monitor
-    {
-        monitor.wait_end(END_LIMIT);
     }
     if let Some(cgroup) = &cgroup {
         cgroup.kill(KILL_LIMIT)?;
@@ -96,10 +99,6 @@ fn kill_all(record: &Record) -> Result<(), RuntimeError> {
         cgroup.remove()?;
     }
     Ok(())
-}
-
-fn remove(lock: StateLock<'_>) -> Result<(), RuntimeError> {
-    lock.remove().map_err(RuntimeError::from)
 }
 
 #[cfg(test)]
@@ -139,5 +138,38 @@ mod tests {
         assert!(delete(&store, &id, false).is_err());
         delete(&store, &id, true).unwrap();
         assert_eq!(store.list().unwrap(), []);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_is_not_thrown_away() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::new(root.path());
+        let id = ContainerId::new("x").unwrap();
+        let state = store.create(&id).unwrap();
+        let mut other = record("x");
+        other.version += 1;
+        state.lock().unwrap().write_record(&other).unwrap();
+        let error = delete(&store, &id, true).unwrap_err();
+        assert!(error.to_string().contains("version"), "{error}");
+        assert!(state.path().exists());
+    }
+
+    #[test]
+    fn a_process_that_writes_its_last_words_is_not_kept_from_it() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::new(root.path());
+        let state = store.create(&ContainerId::new("x").unwrap()).unwrap();
+        // Stands for a per-container process whose VM has ended: it ends once it had the lock.
+        let mut last_words = std::process::Command::new("flock");
+        last_words.arg(state.path()).args(["sh", "-c", "exit 7"]);
+        let held = state.lock().unwrap();
+        let mut child = last_words.spawn().unwrap();
+        let mut stopped = record("x");
+        stopped.phase = Phase::Stopped;
+        stopped.monitor = ProcessRef::of(i32::try_from(child.id()).unwrap());
+        held.write_record(&stopped).unwrap();
+        drop(held);
+        destroy(&state).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(7));
     }
 }

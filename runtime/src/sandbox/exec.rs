@@ -20,7 +20,7 @@ use crate::bundle::plan::Plan;
 use crate::bundle::translate::guest_process;
 use crate::bundle::validate::check_process;
 use crate::error::{CommandError, OrderError, RuntimeError, chain};
-use crate::guest::client::{GuestClient, ProcessId, exit_status};
+use crate::guest::client::{GuestClient, GuestError, ProcessId, exit_status};
 use crate::guest::console::{Console, Size};
 use crate::guest::stdio::{LocalStdio, Outputs, attach};
 
@@ -80,7 +80,12 @@ pub async fn exec(
 ) -> Result<u8, RuntimeError> {
     check(state, request)?;
     let mut signals = signals::catch().map_err(RuntimeError::system("catch signals"))?;
-    let (plan, guest) = super::guest(state).await?;
+    let (plan, guest) = match super::guest(state).await {
+        Err(error) if super::ended_meanwhile(state, &error).await => {
+            return Err(OrderError::ExecStopped.into());
+        }
+        other => other?,
+    };
     let connector = super::connector(state, &plan);
     let console = open_console(request)?;
     let process = ProcessId {
@@ -91,22 +96,37 @@ pub async fn exec(
         Some(console) => console.stdio()?,
         None => LocalStdio::inherited(),
     };
-    begin(&guest, request, &process, &local, console.as_ref()).await?;
+    if let Err(error) = begin(&guest, request, &process, &local, console.as_ref()).await {
+        return Err(ended_instead(state, error).await);
+    }
     let outputs = match attach(&connector, &process, local).await {
         Ok(outputs) => outputs,
         Err(error) => {
-            // It must not run on without anybody who knows of it.
-            let killed = guest
-                .signal(&process, libc::SIGKILL.unsigned_abs(), false)
-                .await;
-            killed.unwrap_or_else(|error| log::warn!("{}", chain(&error)));
-            return Err(error.into());
+            let error = ended_instead(state, error.into()).await;
+            if !matches!(error, RuntimeError::Command(_)) {
+                // It must not run on without anybody who knows of it.
+                let killed = guest
+                    .signal(&process, libc::SIGKILL.unsigned_abs(), false)
+                    .await;
+                killed.unwrap_or_else(|error| log::warn!("{}", chain(&error)));
+            }
+            return Err(error);
         }
     };
     started();
     let status = wait(&guest, &process, outputs, console.as_ref(), &mut signals).await;
     drop(console);
     status
+}
+
+/// A connection that broke because the container ended says so.
+async fn ended_instead(state: &StateDir, error: RuntimeError) -> RuntimeError {
+    match error {
+        RuntimeError::Guest(GuestError::Answer { .. }) => error,
+        _ if !super::ended_meanwhile(state, &error).await => error,
+        RuntimeError::Guest(broken) => CommandError::ContainerEnded(broken).into(),
+        other => other,
+    }
 }
 
 fn open_console(request: &ExecRequest) -> Result<Option<Console>, RuntimeError> {

@@ -7,10 +7,9 @@ use std::time::Duration;
 use caisson_protocol::error::ErrorCode;
 use rustix::process::Signal;
 
-use super::process::ProcessRef;
 use super::signals::SIGKILL;
 use super::state::Status;
-use super::store::{StateDir, StoreError};
+use super::store::StateDir;
 use crate::bundle::plan::Plan;
 use crate::error::{OrderError, RuntimeError};
 use crate::guest::client::{GuestClient, GuestError, ProcessId};
@@ -30,7 +29,7 @@ pub async fn kill(state: &StateDir, signal: i32, all: bool) -> Result<(), Runtim
     let sent = send(state, signal, all).await;
     if signal != SIGKILL {
         return match sent {
-            Err(error) => Err(not_running_any_more(state, error)),
+            Err(error) => Err(not_running_any_more(state, error).await),
             Ok(()) => Ok(()),
         };
     }
@@ -46,12 +45,12 @@ pub async fn kill(state: &StateDir, signal: i32, all: bool) -> Result<(), Runtim
     let Some(monitor) = record.monitor else {
         return Ok(());
     };
-    if ends_within(monitor, limit).await {
+    if monitor.ends_within(limit).await {
         return Ok(());
     }
     log::warn!("the container did not end after SIGKILL: killing its VM");
     record.vmm.map(|vmm| vmm.signal(Signal::KILL));
-    if !ends_within(monitor, Duration::from_secs(10)).await {
+    if !monitor.ends_within(Duration::from_secs(10)).await {
         monitor.signal(Signal::KILL);
     }
     Ok(())
@@ -73,11 +72,7 @@ async fn send(state: &StateDir, signal: i32, all: bool) -> Result<(), RuntimeErr
 }
 
 /// An error because the container has ended meanwhile is told as such.
-fn not_running_any_more(state: &StateDir, error: RuntimeError) -> RuntimeError {
-    let ended = match state.record() {
-        Ok(record) => record.status() == Status::Stopped,
-        Err(error) => matches!(error, StoreError::NotFound(_)),
-    };
+async fn not_running_any_more(state: &StateDir, error: RuntimeError) -> RuntimeError {
     let refused = matches!(
         &error,
         RuntimeError::Guest(GuestError::Answer {
@@ -85,14 +80,8 @@ fn not_running_any_more(state: &StateDir, error: RuntimeError) -> RuntimeError {
             ..
         })
     );
-    if ended || refused {
+    if refused || super::ended_meanwhile(state, &error).await {
         return OrderError::NotRunning.into();
     }
     error
-}
-
-async fn ends_within(process: ProcessRef, limit: Duration) -> bool {
-    let wait = tokio::task::spawn_blocking(move || process.wait_end(limit));
-    // A task that was cancelled saw nothing.
-    wait.await.unwrap_or(false)
 }

@@ -26,8 +26,9 @@ use caisson_protocol::ports::HOST_SOCKET;
 
 use crate::bundle::plan::Plan;
 use crate::error::RuntimeError;
-use crate::guest::client::{Connector, GuestClient};
-use store::StateDir;
+use crate::guest::client::{Connector, GuestClient, GuestError};
+use state::Status;
+use store::{StateDir, StoreError};
 
 /// Name of the plan in the state directory.
 pub(crate) const PLAN_FILE: &str = "plan.json";
@@ -45,6 +46,29 @@ pub(crate) async fn guest(state: &StateDir) -> Result<(Plan, GuestClient), Runti
     let plan: Plan = state.read_json(PLAN_FILE)?;
     let (guest, _) = GuestClient::connect(&connector(state, &plan)).await?;
     Ok((plan, guest))
+}
+
+/// How long a VM whose connections have broken may take to be seen as ended.
+const END_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// Whether a step failed with `error` because the container ended meanwhile: a VM that ends closes its
+/// sockets a moment before it counts as ended.
+pub(crate) async fn ended_meanwhile(state: &StateDir, error: &RuntimeError) -> bool {
+    let record = match state.record() {
+        Ok(record) => record,
+        Err(error) => return matches!(error, StoreError::NotFound(_)),
+    };
+    if record.status() == Status::Stopped {
+        return true;
+    }
+    let broken = matches!(
+        error,
+        RuntimeError::Guest(GuestError::Connect { .. } | GuestError::Broken { .. })
+    );
+    match record.vmm.filter(|_| broken) {
+        Some(vmm) => vmm.ends_within(END_LIMIT).await,
+        None => false,
+    }
 }
 
 /// CLOCK_MONOTONIC, nanoseconds.

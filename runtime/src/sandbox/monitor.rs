@@ -87,8 +87,9 @@ pub async fn monitor(store: &Store, mut request: MonitorRequest) -> u8 {
     container.run(&state).await
 }
 
-/// Enters the cgroup and writes itself down, under the lock: from then on `delete --force` finds this process and
-/// all that it starts.
+/// Makes the cgroup, writes itself down and enters it, under the lock: from then on `delete --force` finds this
+/// process and all that it starts. In this order: while nobody is written down, nobody of ours is in the cgroup, so that
+/// it can be removed; a process that dies gives up its locks before it leaves its cgroup.
 fn prepare(store: &Store, id: &ContainerId) -> Result<(StateDir, Plan), RuntimeError> {
     // For a controlling terminal of its own, and so that the caller's ^C is not for us. Fails only if we are a
     // session leader already.
@@ -100,33 +101,54 @@ fn prepare(store: &Store, id: &ContainerId) -> Result<(StateDir, Plan), RuntimeE
     };
     let state = store.open(id).map_err(gone)?;
     let lock = state.lock().map_err(gone)?;
-    let mut record = state.record()?;
+    let mut record = lock.record().map_err(gone)?;
     if record.phase != Phase::Creating || record.monitor.is_some() {
         return Err(StoreError::Exists(id.clone()).into());
     }
-    enter_cgroup(&mut record)?;
+    if !is_our_parent(record.creator) {
+        // Its state is that of a container that came to nothing; or the id was deleted and is another's now.
+        return Err(OrderError::Abandoned.into());
+    }
+    let cgroup = make_cgroup(&mut record)?;
     record.monitor = ProcessRef::current();
     record.timings_ns.insert("monitor".into(), monotonic_ns());
     lock.write_record(&record)?;
+    if let Some(cgroup) = cgroup
+        && let Err(error) = cgroup.enter()
+    {
+        without_cgroup(&mut record, &error);
+        cgroup.remove_unused();
+        lock.write_record(&record)?;
+    }
     drop(lock);
     let plan = state.read_json(PLAN_FILE)?;
     Ok((state, plan))
 }
 
-fn enter_cgroup(record: &mut Record) -> Result<(), RuntimeError> {
+/// Whether this is the process that started us, and lives.
+fn is_our_parent(creator: Option<ProcessRef>) -> bool {
+    let parent = rustix::process::getppid().map(rustix::process::Pid::as_raw_pid);
+    creator.is_some_and(|creator| Some(creator.pid) == parent && creator.is_alive())
+}
+
+fn make_cgroup(record: &mut Record) -> Result<Option<Cgroup>, RuntimeError> {
     let Some(cgroup) = record.cgroup.as_deref().map(Cgroup::at) else {
-        return Ok(());
+        return Ok(None);
     };
-    match cgroup.create().and_then(|()| cgroup.enter()) {
-        Ok(()) => Ok(()),
+    match cgroup.create() {
+        Ok(()) => Ok(Some(cgroup)),
         Err(error @ CgroupError::NotEmpty(_)) => Err(error.into()),
         Err(error) => {
-            // cgroup v2 is there but not for us (a container without delegation): go on without.
-            log::warn!("the pod has no cgroup of its own: {}", chain(&error));
-            record.cgroup = None;
-            Ok(())
+            without_cgroup(record, &error);
+            Ok(None)
         }
     }
+}
+
+/// cgroup v2 is there but not for us (a container without delegation): go on without.
+fn without_cgroup(record: &mut Record, error: &CgroupError) {
+    log::warn!("the pod has no cgroup of its own: {}", chain(error));
+    record.cgroup = None;
 }
 
 /// A made container, as long as it lives.

@@ -58,6 +58,13 @@ impl ProcessRef {
             .is_some_and(|fd| pidfd_send_signal(fd, signal).is_ok())
     }
 
+    /// As [`Self::wait_end`], for an event loop.
+    pub async fn ends_within(self, limit: Duration) -> bool {
+        let wait = tokio::task::spawn_blocking(move || self.wait_end(limit));
+        // A task that was cancelled saw nothing.
+        wait.await.unwrap_or(false)
+    }
+
     /// Waits until it has ended, at most `limit`; false when it still runs then.
     pub fn wait_end(self, limit: Duration) -> bool {
         let Some(fd) = self.pidfd() else {

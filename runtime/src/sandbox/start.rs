@@ -2,36 +2,71 @@
 
 //! `start`: lets the container's process run.
 
+use rustix::process::Signal;
+
 use super::monotonic_ns;
 use super::state::{Status, Transition};
 use super::store::StateDir;
 use crate::error::{OrderError, RuntimeError};
+use crate::guest::client::GuestError;
 
 /// Starts a created container.
 ///
 /// # Errors
 /// When it is not in the state *created*, when its program cannot be run, or when the guest does not answer.
 pub async fn start(state: &StateDir) -> Result<(), RuntimeError> {
-    match state.record()?.status() {
+    let record = state.record()?;
+    match record.status() {
         Status::Created => {}
         Status::Stopped => return Err(OrderError::StartStopped.into()),
         Status::Creating => return Err(OrderError::NotRunning.into()),
         Status::Running | Status::Paused => return Err(OrderError::StartRunning.into()),
     }
+    let asked_ns = match ask(state).await {
+        Ok(asked_ns) => asked_ns,
+        // What the agent answers is told as it is: it may be the reason for the end.
+        Err(
+            error @ (RuntimeError::Guest(GuestError::Answer { .. }) | RuntimeError::Command(_)),
+        ) => {
+            return Err(error);
+        }
+        Err(error) if super::ended_meanwhile(state, &error).await => {
+            return Err(OrderError::StartStopped.into());
+        }
+        Err(error) => return Err(error),
+    };
+    let written = state.lock().and_then(|lock| {
+        lock.update(|record| {
+            // It may have ended by now, and then it stays stopped.
+            if let Some(phase) = record.phase.after(Transition::Started) {
+                record.phase = phase;
+            }
+            record.timings_ns.insert("start_asked".into(), asked_ns);
+            record.timings_ns.insert("started".into(), monotonic_ns());
+        })
+    });
+    if let Err(error) = written {
+        // One that runs and whose state says that it does not would never be ended by its caller.
+        record.vmm.map(|vmm| vmm.signal(Signal::KILL));
+        return Err(error.into());
+    }
+    Ok(())
+}
+
+/// Asks the agent. Gives back when.
+async fn ask(state: &StateDir) -> Result<u64, RuntimeError> {
     let (plan, guest) = super::guest(state).await?;
     let asked_ns = monotonic_ns();
-    if let Err(error) = guest.start_container(state.id().as_str()).await {
-        let process = plan.process();
-        let program = process.args().as_ref().and_then(|args| args.first());
-        return Err(RuntimeError::of_command(error, program));
-    }
-    state.lock()?.update(|record| {
-        // It may have ended by now, and then it stays stopped.
-        if let Some(phase) = record.phase.after(Transition::Started) {
-            record.phase = phase;
+    match guest.start_container(state.id().as_str()).await {
+        Ok(()) => Ok(asked_ns),
+        // Of two at once one is second.
+        Err(_) if state.record()?.status() == Status::Running => {
+            Err(OrderError::StartRunning.into())
         }
-        record.timings_ns.insert("start_asked".into(), asked_ns);
-        record.timings_ns.insert("started".into(), monotonic_ns());
-    })?;
-    Ok(())
+        Err(error) => {
+            let process = plan.process();
+            let program = process.args().as_ref().and_then(|args| args.first());
+            Err(RuntimeError::of_command(error, program))
+        }
+    }
 }

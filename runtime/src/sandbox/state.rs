@@ -15,7 +15,7 @@ use super::id::ContainerId;
 use super::process::ProcessRef;
 
 /// Version of [`Record`] on disk.
-pub const RECORD_VERSION: u32 = 1;
+pub const RECORD_VERSION: u32 = 2;
 
 /// Where a container is in its life, as far as it was written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,6 +127,8 @@ pub struct Record {
     pub paused: bool,
     /// Directory of its cgroup below /sys/fs/cgroup; `None` where there is no usable cgroup v2.
     pub cgroup: Option<PathBuf>,
+    /// Who makes it: without a per-container process it comes to nothing when this one has ended.
+    pub creator: Option<ProcessRef>,
     /// Its per-container process, once there is one.
     pub monitor: Option<ProcessRef>,
     /// Its VMM, once there is one.
@@ -144,11 +146,19 @@ impl Record {
         match self.phase {
             Phase::Stopped => Status::Stopped,
             _ if dead(self.monitor) || dead(self.vmm) => Status::Stopped,
+            _ if self.abandoned() => Status::Stopped,
             Phase::Creating => Status::Creating,
             Phase::Created => Status::Created,
             Phase::Running if self.paused => Status::Paused,
             Phase::Running => Status::Running,
         }
+    }
+
+    /// Its maker has ended without a per-container process having been written down. One that was started by then
+    /// refuses to go on (see [`super::monitor`]).
+    pub(crate) fn abandoned(&self) -> bool {
+        let ended = self.creator.is_some_and(|creator| !creator.is_alive());
+        self.phase == Phase::Creating && self.monitor.is_none() && ended
     }
 
     /// `state` as runc prints it.
@@ -212,6 +222,7 @@ pub(crate) mod tests {
             phase: Phase::Creating,
             paused: false,
             cgroup: None,
+            creator: None,
             monitor: None,
             vmm: None,
             exit: None,
@@ -251,6 +262,20 @@ pub(crate) mod tests {
         });
         assert_eq!(record.status(), Status::Stopped);
         assert_eq!(record.oci_state().pid, 0);
+    }
+
+    #[test]
+    fn a_container_whose_maker_has_ended_is_stopped_unless_it_left_one_to_go_on() {
+        let mut record = record("a");
+        record.creator = ProcessRef::current();
+        assert_eq!(record.status(), Status::Creating);
+        record.creator = record.creator.map(|p| ProcessRef {
+            start_time: p.start_time + 1,
+            ..p
+        });
+        assert_eq!(record.status(), Status::Stopped);
+        record.monitor = ProcessRef::current();
+        assert_eq!(record.status(), Status::Creating);
     }
 
     #[test]

@@ -37,6 +37,12 @@ pub enum StoreError {
     /// The id is taken.
     #[error("container with id exists: {0}")]
     Exists(ContainerId),
+    /// Its directory is there and its record is not.
+    #[error(
+        "container {0} has no record: it is being created or deleted, or that was interrupted \
+         (delete --force removes it)"
+    )]
+    HalfMade(ContainerId),
     /// There is no such container. The text is runc's.
     #[error("container does not exist")]
     NotFound(ContainerId),
@@ -112,16 +118,19 @@ impl Store {
                 io::ErrorKind::AlreadyExists => StoreError::Exists(id.clone()),
                 _ => io_error("create directory", &path)(source),
             })?;
-        let fill = || {
-            for name in ["shared", "vsock"] {
-                let path = path.join(name);
-                builder
-                    .create(&path)
-                    .map_err(io_error("create directory", &path))?;
-            }
-            StateDir::open(path.clone(), id.clone())
-        };
-        fill().inspect_err(|_| remove_tree(&path).unwrap_or_default())
+        let state = StateDir::open(path.clone(), id.clone());
+        let state = state.inspect_err(|_| fs::remove_dir(&path).unwrap_or_default())?;
+        for name in ["shared", "vsock"] {
+            let path = path.join(name);
+            let made = builder.create(&path);
+            made.map_err(io_error("create directory", &path))
+                .inspect_err(|_| {
+                    // By the lock, as somebody may have deleted it and taken the id by now.
+                    let removed = state.lock().and_then(StateLock::remove);
+                    removed.unwrap_or_default();
+                })?;
+        }
+        Ok(state)
     }
 
     /// The directory of an existing container.
@@ -215,13 +224,28 @@ impl StateDir {
         })
     }
 
-    /// The record as it is now.
+    /// The record as it is now. Not for the holder of the lock: that has [`StateLock::record`].
     ///
     /// # Errors
     /// When it is missing, damaged or of another version.
     pub fn record(&self) -> Result<Record, StoreError> {
+        let record = self.read_record()?;
+        if !record.abandoned() {
+            return Ok(record);
+        }
+        // Its maker ended since, perhaps just after the per-container process wrote itself down: under the lock
+        // it has, or never will.
+        self.lock()?.record()
+    }
+
+    fn read_record(&self) -> Result<Record, StoreError> {
         let path = self.path.join("record.json");
-        let value: serde_json::Value = self.read_json("record.json")?;
+        let value: serde_json::Value = match self.read_json("record.json") {
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::HalfMade(self.id.clone()));
+            }
+            other => other?,
+        };
         let found = value["version"].as_u64().unwrap_or(0);
         if found != u64::from(RECORD_VERSION) {
             let found = u32::try_from(found).unwrap_or(u32::MAX);
@@ -257,6 +281,14 @@ pub struct StateLock<'a> {
 }
 
 impl StateLock<'_> {
+    /// The record, which nobody else changes now.
+    ///
+    /// # Errors
+    /// As [`StateDir::record`].
+    pub fn record(&self) -> Result<Record, StoreError> {
+        self.state.read_record()
+    }
+
     /// Replaces the record.
     ///
     /// # Errors
@@ -270,7 +302,7 @@ impl StateLock<'_> {
     /// # Errors
     /// When it cannot be read or written.
     pub fn update(&self, change: impl FnOnce(&mut Record)) -> Result<Record, StoreError> {
-        let mut record = self.state.record()?;
+        let mut record = self.record()?;
         change(&mut record);
         self.write_record(&record)?;
         Ok(record)

@@ -7,6 +7,7 @@ use std::process::Output;
 
 use serde_json::json;
 
+use crate::parts::{Config, compiled, installed, newc};
 use crate::support::{Bundle, Traces, is_caisson, new_id, runtime, show, stderr};
 
 /// `run` fails, says all of `texts`, and leaves nothing.
@@ -117,31 +118,6 @@ fn errors_go_to_the_log_as_json_when_asked() {
     assert!(last["time"].is_string());
 }
 
-/// The installed configuration with changes; `--config` and the path of the file.
-struct Config {
-    dir: tempfile::TempDir,
-}
-
-impl Config {
-    fn with(changes: &str) -> Self {
-        let dir = tempfile::TempDir::new().unwrap();
-        let file = dir.path().join("config.toml");
-        fs::copy("/etc/caisson/config.toml", &file).unwrap();
-        fs::create_dir(dir.path().join("config.toml.d")).unwrap();
-        fs::write(dir.path().join("config.toml.d/50-test.toml"), changes).unwrap();
-        Self { dir }
-    }
-
-    fn file(&self) -> String {
-        self.dir
-            .path()
-            .join("config.toml")
-            .to_str()
-            .unwrap()
-            .to_owned()
-    }
-}
-
 /// A bundle that is in order is refused because of the configuration.
 fn refused_with(changes: &str, texts: &[&str]) {
     let config = Config::with(changes);
@@ -189,13 +165,7 @@ fn a_kernel_that_is_none() {
 
 #[test]
 fn a_truncated_kernel() {
-    let installed = fs::read_to_string("/etc/caisson/config.toml").unwrap();
-    let line = installed
-        .lines()
-        .find(|line| line.starts_with("kernel ="))
-        .unwrap();
-    let kernel = line.split('"').nth(1).unwrap();
-    let bytes = fs::read(kernel).unwrap();
+    let bytes = fs::read(installed("kernel")).unwrap();
     let dir = tempfile::TempDir::new().unwrap();
     let path = dir.path().join("kernel");
     for length in [100, 5000, bytes.len() / 2] {
@@ -252,47 +222,12 @@ int main(void) {
 }
 "#;
     let dir = tempfile::TempDir::new().unwrap();
-    let (code, init) = (dir.path().join("init.c"), dir.path().join("init"));
-    fs::write(&code, source).unwrap();
-    let built = std::process::Command::new("gcc")
-        .args(["-static", "-o"])
-        .args([&init, &code])
-        .status()
-        .unwrap();
-    assert!(built.success());
     let path = dir.path().join("initramfs");
-    let mut archive = newc("init", 0o100_755, &fs::read(&init).unwrap());
+    let mut archive = newc("init", 0o100_755, &compiled(source));
     archive.extend(newc("TRAILER!!!", 0, b""));
     fs::write(&path, archive).unwrap();
     let change = format!("[vm]\ninitramfs = {:?}\n", path.to_str().unwrap());
     refused_with(&change, &["protocol", "99"]);
-}
-
-/// One entry of a cpio archive in the newc format (Documentation/driver-api/early-userspace/buffer-format.rst).
-fn newc(name: &str, mode: u32, data: &[u8]) -> Vec<u8> {
-    let fields = [
-        1,
-        mode,
-        0,
-        0,
-        1,
-        0,
-        u32::try_from(data.len()).unwrap(),
-        0,
-        0,
-        0,
-        0,
-    ];
-    let mut entry = String::from("070701");
-    for field in fields {
-        entry.push_str(&format!("{field:08x}"));
-    }
-    entry.push_str(&format!("{:08x}{:08x}{name}\0", name.len() + 1, 0));
-    let mut entry = entry.into_bytes();
-    entry.resize(entry.len().next_multiple_of(4), 0);
-    entry.extend_from_slice(data);
-    entry.resize(entry.len().next_multiple_of(4), 0);
-    entry
 }
 
 #[test]

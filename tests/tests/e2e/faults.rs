@@ -8,7 +8,7 @@ use crate::support::{Bundle, Container, Traces, children, count, show, wait_for,
 
 /// Truth must come within a second; the testbed is an emulated machine that is shared with another, so the
 /// bound is wider and still catches a poll or a missed event.
-const TRUTH: Duration = Duration::from_secs(5);
+pub(crate) const TRUTH: Duration = Duration::from_secs(5);
 
 fn kill(pid: i32) {
     nix::sys::signal::kill(
@@ -33,11 +33,13 @@ fn vmm_of(container: &Container<'_>) -> i32 {
     vmm.unwrap_or_else(|| panic!("no VMM below {pid}"))
 }
 
-fn sleeping() -> Bundle {
+/// A container that only waits.
+pub(crate) fn sleeping() -> Bundle {
     Bundle::busybox().args(&["sleep", "100000"])
 }
 
-fn stopped_then_gone(container: &Container<'_>, before: &Traces) {
+/// Its state says so in time, and it goes by force.
+pub(crate) fn stopped_then_gone(container: &Container<'_>, before: &Traces) {
     wait_within("status stopped", TRUTH, &mut || {
         container.status() == "stopped"
     });

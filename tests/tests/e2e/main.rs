@@ -6,14 +6,20 @@
 //! against another OCI runtime, which shows whether a test asks for what the field does; `CAISSON_SOAK=1` takes
 //! the full counts.
 
+mod agent;
 mod broken;
+mod check;
 mod confinement;
+mod crash;
 mod exec;
 mod exit;
 mod faults;
 mod lifecycle;
+mod parts;
 mod process;
+mod races;
 mod rootfs;
 mod stdio;
 mod support;
+mod tracer;
 mod tty;

@@ -106,6 +106,41 @@ fn extended_attributes_go_both_ways() {
     );
 }
 
+#[test]
+fn access_control_lists_are_the_hosts_and_decide_in_the_guest() {
+    let bundle = debian(
+        "cd /work; umask 077; setfacl -m u:1234:rw file; setfacl -d -m u:1234:rwx,o::r dir; : > dir/new; \
+         getfacl -cE dir/new",
+    );
+    let work = bundle.path().join("work");
+    fs::write(work.join("file"), "x\n").unwrap();
+    fs::set_permissions(work.join("file"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::create_dir(work.join("dir")).unwrap();
+    // The directory's default list stands above the umask.
+    let inherited = "user::rw-\nuser:1234:rwx\ngroup::r-x\nmask::rw-\nother::r--\n\n";
+    assert_eq!(bundle.stdout(), inherited);
+    let on_host = |name: &str| {
+        let get = Command::new("getfacl")
+            .arg("-cnE")
+            .arg(work.join(name))
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&get.stdout).into_owned()
+    };
+    assert_eq!(on_host("dir/new"), inherited);
+    let set = "user::rw-\nuser:1234:rw-\ngroup::---\nmask::rw-\nother::---\n\n";
+    assert_eq!(on_host("file"), set);
+
+    // Whom the list names may, others may not.
+    let mut bundle = bundle.args(&["/usr/bin/bash", "-c", "echo $UID >> /work/file"]);
+    for (user, may) in [(1234, true), (1235, false)] {
+        bundle = bundle.edit(|spec| spec["process"]["user"] = json!({"uid": user, "gid": 1}));
+        let output = bundle.run();
+        assert_eq!(output.status.success(), may, "{user}: {}", show(&output));
+    }
+    assert_eq!(fs::read_to_string(work.join("file")).unwrap(), "x\n1234\n");
+}
+
 /// A container whose root is the testbed's own (read-only), with `/work` from the bundle, running a script of
 /// bash.
 fn debian(script: &str) -> Bundle {

@@ -43,6 +43,7 @@ pub(crate) fn is_caisson() -> bool {
 pub(crate) struct Bundle {
     dir: TempDir,
     spec: Value,
+    options: Vec<String>,
 }
 
 impl Bundle {
@@ -75,6 +76,7 @@ impl Bundle {
         Self {
             dir,
             spec: default_spec(),
+            options: Vec::new(),
         }
         .args(&["true"])
     }
@@ -82,6 +84,12 @@ impl Bundle {
     /// Busybox running `script`.
     pub(crate) fn sh(script: &str) -> Self {
         Self::busybox().args(&["sh", "-c", script])
+    }
+
+    /// With options that go before `create` and `run`.
+    pub(crate) fn options(mut self, options: &[&str]) -> Self {
+        self.options = options.iter().map(|&option| option.to_owned()).collect();
+        self
     }
 
     /// With another command line.
@@ -129,7 +137,11 @@ impl Bundle {
     /// The command of [`Self::run`], for another stdio.
     pub(crate) fn run_command(&self, id: &str) -> Command {
         let mut command = runtime();
-        command.args(["run", "--bundle"]).arg(self.path()).arg(id);
+        command
+            .args(&self.options)
+            .args(["run", "--bundle"])
+            .arg(self.path())
+            .arg(id);
         command
     }
 
@@ -181,6 +193,7 @@ impl Container<'_> {
     pub(crate) fn try_create(&self, options: &[&str]) -> Output {
         let file = |name| File::create(self.files.path().join(name)).unwrap();
         let status = runtime()
+            .args(&self.bundle.options)
             .arg("create")
             .args(options)
             .arg("--bundle")

@@ -10,14 +10,18 @@ use crate::faults::{TRUTH, sleeping};
 use crate::support::{Bundle, Container, Traces, count, new_id, wait_within};
 use crate::tracer::{self, Kin, Seen};
 
-/// The numbers of the calls at which a process that makes `calls` of them is killed: all of them, or `few` spread
-/// over them with the first and the last.
+/// The numbers of the calls at which a process that makes `calls` of them is killed: all of them, or `few` with the
+/// first and the last, denser at the beginning, where most is made.
 fn moments(what: &str, calls: &[String], few: usize) -> Vec<usize> {
+    println!("calls of {what}: {calls:#?}");
     let all = calls.len();
     let wanted = count(what, few.min(all), all);
-    println!("calls of {what}: {calls:#?}");
+    if wanted == all {
+        return (0..all).collect();
+    }
+    let steps = wanted - 1;
     (0..wanted)
-        .map(|n| n * (all - 1) / (wanted - 1).max(1))
+        .map(|n| n * n * (all - 1) / (steps * steps))
         .collect()
 }
 
@@ -71,7 +75,7 @@ fn create_killed(what: &str, kin: Kin) {
     let whole = traced_create(&bundle, &container.id, out.path(), kin, None);
     assert!(whole.status.success(), "{whole:?}");
     gone_by_force(&container, &before);
-    for at in moments(what, &whole.calls, 6) {
+    for at in moments(what, &whole.calls, 8) {
         let container = bundle.container(&new_id());
         let seen = traced_create(&bundle, &container.id, out.path(), kin, Some(at));
         let stderr = fs::read_to_string(out.path().join("stderr")).unwrap();

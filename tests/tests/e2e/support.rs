@@ -287,9 +287,11 @@ impl Drop for Container<'_> {
     fn drop(&mut self) {
         let output = runtime().args(["delete", "--force", &self.id]).output();
         if std::thread::panicking() {
-            println!("stdout: {}", self.output());
-            let stderr = fs::read_to_string(self.files.path().join("stderr"));
-            println!("stderr: {}", stderr.unwrap_or_default());
+            // A container whose create was never called has none.
+            for name in ["stdout", "stderr"] {
+                let text = fs::read_to_string(self.files.path().join(name));
+                println!("{name}: {}", text.unwrap_or_default());
+            }
             println!("delete --force: {output:?}");
         }
     }

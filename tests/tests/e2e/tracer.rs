@@ -115,7 +115,9 @@ impl Tracer {
                 }
                 WaitStatus::PtraceSyscall(_) => self.at_call(pid),
                 WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC) => {
-                    self.begun = true;
+                    // The shell's own beginning may still be seen.
+                    let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+                    self.begun |= name.is_ok_and(|name| name != "sh\n");
                     self.resume(pid, None);
                 }
                 // A new thread or process, before its first instruction, and all stops that mean nothing here.

@@ -7,6 +7,7 @@
 //! the full counts.
 
 mod agent;
+mod boot;
 mod broken;
 mod check;
 mod confinement;

@@ -15,7 +15,7 @@ fn a_boot_that_says_all_it_can_on_the_early_console_comes_up() {
 
 #[test]
 fn guests_of_many_sizes_come_up() {
-    for (memory, vcpus) in [(64, 1), (256, 4), (3500, 2)] {
+    for (memory, vcpus) in [(48, 1), (256, 4), (3500, 2)] {
         let config = Config::with(&format!("[vm]\nmemory_mib = {memory}\nvcpus = {vcpus}\n"));
         let script = "nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo";
         let bundle = Bundle::sh(script).options(&["--config", &config.file()]);

@@ -10,6 +10,7 @@ mod stats;
 mod timeline;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -48,8 +49,10 @@ impl Bench {
         fs::create_dir_all(&output)
             .with_context(|| format!("failed to make {}", output.display()))?;
         let samples = output.join("samples.jsonl");
-        let text = self.measure()?;
-        write(&samples, &text)?;
+        // Kept as they come: what was measured before an interruption is there.
+        let file = fs::File::create(&samples)
+            .with_context(|| format!("failed to make {}", samples.display()))?;
+        let text = self.measure(file)?;
         let lines = text
             .lines()
             .map(|line| serde_json::from_str(line).with_context(|| format!("bad line {line:?}")))
@@ -70,8 +73,8 @@ impl Bench {
         Ok(0)
     }
 
-    /// The lines of `caisson-bench`.
-    fn measure(&self) -> Result<String> {
+    /// The lines of `caisson-bench`, which go into `samples` as well.
+    fn measure(&self, mut samples: fs::File) -> Result<String> {
         let program = Build {
             kind: Kind::Binary,
             packages: &["caisson-testbed"],
@@ -108,7 +111,12 @@ impl Bench {
         let mut text = Vec::new();
         loop {
             match running.next_event()? {
-                Event::Stdout(bytes) => text.extend(bytes),
+                Event::Stdout(bytes) => {
+                    samples
+                        .write_all(&bytes)
+                        .context("failed to keep the samples")?;
+                    text.extend(bytes);
+                }
                 Event::Stderr(bytes) => say(String::from_utf8_lossy(&bytes).trim_end()),
                 Event::Exited(exit) if exit.shell_status() == 0 => break,
                 Event::Exited(exit) => {

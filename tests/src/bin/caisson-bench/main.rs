@@ -117,6 +117,8 @@ fn run() -> Result<()> {
         tell(&Line::Fact { name, value })?;
     }
     for (name, measure) in chosen {
+        // For whoever waits; that nobody does stops no measurement.
+        let _ = writeln!(std::io::stderr(), "measuring: {name}");
         measure(&bench).with_context(|| format!("part {name}"))?;
     }
     Ok(())

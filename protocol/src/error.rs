@@ -11,9 +11,9 @@ pub enum ErrorCode {
     InvalidArgument,
     /// No such container, process or stream.
     NotFound,
-    /// The id is taken.
+    /// The id is taken, or the container was started already.
     AlreadyExists,
-    /// Not in this state: started twice, signalled after its end, versions that do not match.
+    /// Not in this state: signalled after its end, versions that do not match.
     FailedPrecondition,
     /// A limit was reached: containers, processes, queued events, memory.
     ResourceExhausted,

@@ -35,6 +35,9 @@ pub(crate) enum ContainerError {
     /// The id is taken.
     #[error("{0} exists already")]
     Exists(Id),
+    /// Started a second time.
+    #[error("container {0} was started already")]
+    Started(Id),
     /// Not in this state.
     #[error("{0}")]
     State(String),
@@ -72,7 +75,7 @@ impl ContainerError {
             Self::Spec(SpecError::Unsupported(_)) => ErrorCode::Unsupported,
             Self::Spec(_) => ErrorCode::InvalidArgument,
             Self::NotFound(_) | Self::NoExec(..) => ErrorCode::NotFound,
-            Self::Exists(_) => ErrorCode::AlreadyExists,
+            Self::Exists(_) | Self::Started(_) => ErrorCode::AlreadyExists,
             Self::State(_) => ErrorCode::FailedPrecondition,
             Self::TooMany(..) | Self::OutOfMemory => ErrorCode::ResourceExhausted,
             Self::Launch(LaunchError::Failed { kind, .. }) => match kind {

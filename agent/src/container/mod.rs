@@ -114,7 +114,7 @@ impl Container {
     pub(crate) async fn start(&self) -> Result<(), ContainerError> {
         let mut phase = self.phase.lock().await;
         let Phase::Created(channel) = &mut *phase else {
-            return Err(wrong(format!("container {} was started already", self.id)));
+            return Err(ContainerError::Started(self.id.clone()));
         };
         let channel = channel.take().filter(|_| !self.init.has_exited());
         let channel = channel.ok_or_else(|| wrong(format!("container {} has stopped", self.id)))?;

@@ -2,6 +2,7 @@
 
 //! `start`: lets the container's process run.
 
+use caisson_protocol::error::ErrorCode;
 use rustix::process::Signal;
 
 use super::monotonic_ns;
@@ -59,10 +60,11 @@ async fn ask(state: &StateDir) -> Result<u64, RuntimeError> {
     let asked_ns = monotonic_ns();
     match guest.start_container(state.id().as_str()).await {
         Ok(()) => Ok(asked_ns),
-        // Of two at once one is second.
-        Err(_) if state.record()?.status() == Status::Running => {
-            Err(OrderError::StartRunning.into())
-        }
+        // Of two at once one is second, perhaps before the first has written down that it was.
+        Err(GuestError::Answer {
+            code: ErrorCode::AlreadyExists,
+            ..
+        }) => Err(OrderError::StartRunning.into()),
         Err(error) => {
             let process = plan.process();
             let program = process.args().as_ref().and_then(|args| args.first());

@@ -188,7 +188,10 @@ fn an_exec_or_start_at_the_very_end_says_that_it_has_ended() {
             "ended before the process did",
             "not running",
         ];
-        assert!(expected.iter().any(|text| said.contains(text)), "{said}");
+        // Or it had begun, and was killed with the container, as with every other runtime.
+        let killed = refused.status.code() == Some(128 + 9);
+        let told = expected.iter().any(|text| said.contains(text));
+        assert!(told || killed, "{}", show(&refused));
         container.wait_status("stopped");
     }
 }

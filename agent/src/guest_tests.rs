@@ -296,7 +296,7 @@ async fn life(guest: &Guest) {
     container.start().await.unwrap();
     assert_eq!(
         container.start().await.unwrap_err().code(),
-        ErrorCode::FailedPrecondition
+        ErrorCode::AlreadyExists
     );
     assert_eq!(container.status().await, Status::RUNNING);
     assert!(guest.sandbox.remove(&id("c"), false).await.is_err());

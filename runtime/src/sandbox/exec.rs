@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use caisson_protocol::agent::agent::ExecProcessRequest;
+use caisson_protocol::error::ErrorCode;
 use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
 
@@ -119,9 +120,16 @@ pub async fn exec(
     status
 }
 
-/// A connection that broke because the container ended says so.
+/// What failed because the container ended says so.
 async fn ended_instead(state: &StateDir, error: RuntimeError) -> RuntimeError {
+    // It refuses an exec for its state when the container has ended, perhaps before that was written down, or is
+    // paused.
+    let paused = || state.record().is_ok_and(|record| record.paused);
     match error {
+        RuntimeError::Guest(GuestError::Answer {
+            code: ErrorCode::FailedPrecondition,
+            ..
+        }) if !paused() => OrderError::ExecStopped.into(),
         RuntimeError::Guest(GuestError::Answer { .. }) => error,
         _ if !super::ended_meanwhile(state, &error).await => error,
         RuntimeError::Guest(broken) => CommandError::ContainerEnded(broken).into(),

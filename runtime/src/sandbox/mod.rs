@@ -51,8 +51,8 @@ pub(crate) async fn guest(state: &StateDir) -> Result<(Plan, GuestClient), Runti
 /// How long a VM whose connections have broken may take to be seen as ended.
 const END_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
 
-/// Whether a step failed with `error` because the container ended meanwhile: a VM that ends closes its
-/// sockets a moment before it counts as ended.
+/// Whether a step failed with `error` because the container ended meanwhile: a VM that ends forgets its streams and
+/// closes its sockets a moment before it counts as ended.
 pub(crate) async fn ended_meanwhile(state: &StateDir, error: &RuntimeError) -> bool {
     let record = match state.record() {
         Ok(record) => record,
@@ -63,7 +63,9 @@ pub(crate) async fn ended_meanwhile(state: &StateDir, error: &RuntimeError) -> b
     }
     let broken = matches!(
         error,
-        RuntimeError::Guest(GuestError::Connect { .. } | GuestError::Broken { .. })
+        RuntimeError::Guest(
+            GuestError::Connect { .. } | GuestError::Broken { .. } | GuestError::Stream(_)
+        )
     );
     match record.vmm.filter(|_| broken) {
         Some(vmm) => vmm.ends_within(END_LIMIT).await,

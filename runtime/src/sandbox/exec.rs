@@ -130,7 +130,9 @@ async fn ended_instead(state: &StateDir, error: RuntimeError) -> RuntimeError {
             code: ErrorCode::FailedPrecondition,
             ..
         }) if !paused() => OrderError::ExecStopped.into(),
-        RuntimeError::Guest(GuestError::Answer { .. }) => error,
+        RuntimeError::Guest(GuestError::Answer { code, .. }) if code != ErrorCode::Internal => {
+            error
+        }
         _ if !super::ended_meanwhile(state, &error).await => error,
         RuntimeError::Guest(broken) => CommandError::ContainerEnded(broken).into(),
         other => other,

@@ -22,6 +22,7 @@ pub mod store;
 
 mod boot;
 
+use caisson_protocol::error::ErrorCode;
 use caisson_protocol::ports::HOST_SOCKET;
 
 use crate::bundle::plan::Plan;
@@ -51,8 +52,8 @@ pub(crate) async fn guest(state: &StateDir) -> Result<(Plan, GuestClient), Runti
 /// How long a VM whose connections have broken may take to be seen as ended.
 const END_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
 
-/// Whether a step failed with `error` because the container ended meanwhile: a VM that ends forgets its streams and
-/// closes its sockets a moment before it counts as ended.
+/// Whether a step failed with `error` because the container ended meanwhile: nothing can be made in namespaces that
+/// end, and a VM that ends forgets its streams and closes its sockets a moment before it counts as ended.
 pub(crate) async fn ended_meanwhile(state: &StateDir, error: &RuntimeError) -> bool {
     let record = match state.record() {
         Ok(record) => record,
@@ -64,7 +65,13 @@ pub(crate) async fn ended_meanwhile(state: &StateDir, error: &RuntimeError) -> b
     let broken = matches!(
         error,
         RuntimeError::Guest(
-            GuestError::Connect { .. } | GuestError::Broken { .. } | GuestError::Stream(_)
+            GuestError::Connect { .. }
+                | GuestError::Broken { .. }
+                | GuestError::Stream(_)
+                | GuestError::Answer {
+                    code: ErrorCode::Internal,
+                    ..
+                }
         )
     );
     match record.vmm.filter(|_| broken) {

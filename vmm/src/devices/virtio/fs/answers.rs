@@ -3,13 +3,15 @@
 //! What operations come to, as answers.
 
 use std::io;
+use std::sync::atomic::Ordering;
 
-use virtiofsd::filesystem::{Entry, OpenOptions};
-use virtiofsd::fuse::{Attr, AttrOut, EntryOut, GetxattrOut, OpenOut, WriteOut};
+use virtiofsd::filesystem::{Entry, GetxattrReply, OpenOptions};
+use virtiofsd::fuse::{Attr, AttrOut, EntryOut, GetxattrOut, LseekOut, OpenOut, WriteOut};
 use vm_memory::ByteValued;
 
 use super::names::XattrName;
 use super::reply::Reply;
+use super::segments::Segments;
 use super::server::Server;
 
 impl Server {
@@ -50,12 +52,73 @@ impl Server {
         }
     }
 
-    pub(super) fn written(&self, reply: Reply<'_>, len: usize) -> u32 {
-        let out = WriteOut {
-            size: u32::try_from(len).unwrap_or(u32::MAX),
-            padding: 0,
+    /// READ: `read` puts up to `size` bytes into the payload it is given and says how many.
+    pub(super) fn answer_read<'a>(
+        &self,
+        reply: Reply<'a>,
+        size: u32,
+        read: impl FnOnce(Segments<'a>) -> io::Result<usize>,
+    ) -> u32 {
+        let Some(payload) = reply.payload().filter(|room| room.len() >= size as usize) else {
+            return self.fail(reply, libc::EINVAL);
         };
-        reply.ok(&[out.as_slice()])
+        match read(payload) {
+            Ok(len) => {
+                let counter = &self.counters.read_bytes;
+                counter.fetch_add(len as u64, Ordering::Relaxed);
+                reply.ok_in_place(len)
+            }
+            Err(error) => self.failed(reply, &error),
+        }
+    }
+
+    /// WRITE: `write` writes the data, which must be `size` bytes, and says how many it has.
+    pub(super) fn answer_write<'a>(
+        &self,
+        reply: Reply<'_>,
+        size: u32,
+        data: &Segments<'a>,
+        write: impl FnOnce(Segments<'a>) -> io::Result<usize>,
+    ) -> u32 {
+        if data.len() != size as usize {
+            return self.fail(reply, libc::EINVAL);
+        }
+        let written = write(data.clone());
+        if let Ok(len) = written {
+            let counter = &self.counters.written_bytes;
+            counter.fetch_add(len as u64, Ordering::Relaxed);
+        }
+        self.written(reply, written)
+    }
+
+    pub(super) fn written(&self, reply: Reply<'_>, written: io::Result<usize>) -> u32 {
+        match written {
+            Ok(len) => {
+                let out = WriteOut {
+                    size: u32::try_from(len).unwrap_or(u32::MAX),
+                    padding: 0,
+                };
+                reply.ok(&[out.as_slice()])
+            }
+            Err(error) => self.failed(reply, &error),
+        }
+    }
+
+    /// LSEEK.
+    pub(super) fn found(&self, reply: Reply<'_>, found: io::Result<u64>) -> u32 {
+        match found {
+            Ok(offset) => reply.ok(&[LseekOut { offset }.as_slice()]),
+            Err(error) => self.failed(reply, &error),
+        }
+    }
+
+    /// GETXATTR.
+    pub(super) fn xattr(&self, reply: Reply<'_>, xattr: io::Result<GetxattrReply>) -> u32 {
+        match xattr {
+            Ok(GetxattrReply::Value(value)) => reply.ok(&[&value]),
+            Ok(GetxattrReply::Count(size)) => reply.ok(&[xattr_size(size).as_slice()]),
+            Err(error) => self.failed(reply, &error),
+        }
     }
 
     pub(super) fn done(&self, reply: Reply<'_>, done: io::Result<()>) -> u32 {
@@ -109,7 +172,7 @@ impl Server {
     }
 }
 
-pub(super) fn open_out(handle: Option<u64>, options: OpenOptions) -> OpenOut {
+fn open_out(handle: Option<u64>, options: OpenOptions) -> OpenOut {
     OpenOut {
         fh: handle.unwrap_or(0),
         open_flags: options.bits(),
@@ -117,6 +180,6 @@ pub(super) fn open_out(handle: Option<u64>, options: OpenOptions) -> OpenOut {
     }
 }
 
-pub(super) fn xattr_size(size: u32) -> GetxattrOut {
+fn xattr_size(size: u32) -> GetxattrOut {
     GetxattrOut { size, padding: 0 }
 }

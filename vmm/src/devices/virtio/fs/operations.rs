@@ -6,20 +6,17 @@
 //! Flags of open(2) are masked here, kinds of special files chosen.
 
 use std::io;
-use std::sync::atomic::Ordering;
 
 use virtiofsd::filesystem::{
-    Context, DirEntry, DirectoryIterator, Entry, Extensions, FileSystem, GetxattrReply,
-    ListxattrReply,
+    Context, DirEntry, DirectoryIterator, Entry, Extensions, FileSystem, ListxattrReply,
 };
 use virtiofsd::fuse::{
-    Attr, CopyfilerangeIn, CreateIn, InHeader, Kstatfs, LseekIn, LseekOut, MknodIn,
-    OPEN_KILL_SUIDGID, ReadIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn,
+    Attr, CopyfilerangeIn, CreateIn, InHeader, Kstatfs, LseekIn, MknodIn, OPEN_KILL_SUIDGID,
+    ReadIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn,
 };
 use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::ByteValued;
 
-use super::answers::xattr_size;
 use super::reply::{Listing, Reply};
 use super::request::{MAX_DATA, NewEntry, Operation, XATTR_SIZE_MAX};
 use super::segments::Segments;
@@ -220,11 +217,7 @@ impl Server {
                 self.done(reply, fs.removexattr(context, node, name.as_c_str()))
             }
             Operation::Getxattr { name, size } => {
-                match fs.getxattr(context, node, name.as_c_str(), size) {
-                    Ok(GetxattrReply::Value(value)) => reply.ok(&[&value]),
-                    Ok(GetxattrReply::Count(size)) => reply.ok(&[xattr_size(size).as_slice()]),
-                    Err(error) => self.failed(reply, &error),
-                }
+                self.xattr(reply, fs.getxattr(context, node, name.as_c_str(), size))
             }
             Operation::Listxattr(size) => {
                 self.xattr_names(reply, size, self.list_xattrs(context, node))
@@ -242,32 +235,18 @@ impl Server {
     }
 
     fn read(&self, header: &InHeader, args: ReadIn, reply: Reply<'_>) -> u32 {
-        let Some(payload) = reply
-            .payload()
-            .filter(|room| room.len() >= args.size as usize)
-        else {
-            return self.fail(reply, libc::EINVAL);
-        };
-        let context = Context::from(*header);
-        let read = self.host.fs.read(
-            context,
-            header.nodeid,
-            args.fh,
-            FileToGuest(payload),
-            args.size,
-            args.offset,
-            None,
-            args.flags,
-        );
-        match read {
-            Ok(len) => {
-                self.counters
-                    .read_bytes
-                    .fetch_add(len as u64, Ordering::Relaxed);
-                reply.ok_in_place(len)
-            }
-            Err(error) => self.failed(reply, &error),
-        }
+        self.answer_read(reply, args.size, |payload| {
+            self.host.fs.read(
+                Context::from(*header),
+                header.nodeid,
+                args.fh,
+                FileToGuest(payload),
+                args.size,
+                args.offset,
+                None,
+                args.flags,
+            )
+        })
     }
 
     fn write(
@@ -277,31 +256,20 @@ impl Server {
         data: &Segments<'_>,
         reply: Reply<'_>,
     ) -> u32 {
-        if data.len() != args.size as usize {
-            return self.fail(reply, libc::EINVAL);
-        }
-        let context = Context::from(*header);
-        let written = self.host.fs.write(
-            context,
-            header.nodeid,
-            args.fh,
-            GuestToFile(data.clone()),
-            args.size,
-            args.offset,
-            None,
-            args.write_flags & WRITE_CACHE != 0,
-            args.write_flags & WRITE_KILL_PRIV != 0,
-            args.flags,
-        );
-        match written {
-            Ok(len) => {
-                self.counters
-                    .written_bytes
-                    .fetch_add(len as u64, Ordering::Relaxed);
-                self.written(reply, len)
-            }
-            Err(error) => self.failed(reply, &error),
-        }
+        self.answer_write(reply, args.size, data, |data| {
+            self.host.fs.write(
+                Context::from(*header),
+                header.nodeid,
+                args.fh,
+                GuestToFile(data),
+                args.size,
+                args.offset,
+                None,
+                args.write_flags & WRITE_CACHE != 0,
+                args.write_flags & WRITE_KILL_PRIV != 0,
+                args.flags,
+            )
+        })
     }
 
     fn seek(&self, header: &InHeader, args: LseekIn, reply: Reply<'_>) -> u32 {
@@ -312,14 +280,8 @@ impl Server {
         }
         let context = Context::from(*header);
         let (node, offset) = (header.nodeid, args.offset);
-        match self
-            .host
-            .fs
-            .lseek(context, node, args.fh, offset, args.whence)
-        {
-            Ok(offset) => reply.ok(&[LseekOut { offset }.as_slice()]),
-            Err(error) => self.failed(reply, &error),
-        }
+        let fs = &self.host.fs;
+        self.found(reply, fs.lseek(context, node, args.fh, offset, args.whence))
     }
 
     fn copy(&self, header: &InHeader, args: CopyfilerangeIn, reply: Reply<'_>) -> u32 {
@@ -334,10 +296,7 @@ impl Server {
             args.len.min(COPY_MAX),
             args.flags,
         );
-        match copied {
-            Ok(len) => self.written(reply, len),
-            Err(error) => self.failed(reply, &error),
-        }
+        self.written(reply, copied)
     }
 
     /// READDIR and READDIRPLUS.
@@ -413,10 +372,7 @@ fn as_user<T>(
     entry: NewEntry<'_>,
     make: impl FnOnce(&std::ffi::CStr, Extensions) -> io::Result<T>,
 ) -> io::Result<T> {
-    // For setresuid(2) this means "leave it as it is", which would be the server's own.
-    if context.uid == GuestUid::from(u32::MAX) || context.gid == GuestGid::from(u32::MAX) {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
-    }
+    check_user(context)?;
     let identity = sys::Identity::current();
     let extensions = Extensions {
         secctx: None,
@@ -428,4 +384,16 @@ fn as_user<T>(
         identity.restore(had_groups);
     }
     made
+}
+
+/// Whether requests of this user can be done as them.
+///
+/// # Errors
+/// `EINVAL` when not.
+pub(super) fn check_user(context: &Context) -> io::Result<()> {
+    // For setresuid(2) this means "leave it as it is", which would be the server's own.
+    if context.uid == GuestUid::from(u32::MAX) || context.gid == GuestGid::from(u32::MAX) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(())
 }

@@ -21,7 +21,7 @@ use rustix::fs::{
     UTIME_OMIT, Uid, XattrFlags,
 };
 use virtiofsd::filesystem::{
-    Context, Entry, FileSystem, SetattrValid, SetxattrFlags, ZeroCopyWriter,
+    Context, Entry, FileSystem, GetxattrReply, SetattrValid, SetxattrFlags, ZeroCopyWriter,
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::oslib::ReadvFlags;
@@ -318,18 +318,15 @@ pub(super) fn set_xattr(
 ///
 /// # Errors
 /// As fgetxattr(2).
-pub(super) fn xattr(
-    file: &File,
-    name: XattrName<'_>,
-    size: u32,
-) -> io::Result<Result<Vec<u8>, u32>> {
+pub(super) fn xattr(file: &File, name: XattrName<'_>, size: u32) -> io::Result<GetxattrReply> {
     let mut value = vec![0; size as usize];
     let length = rustix::fs::fgetxattr(file, name.as_c_str(), value.as_mut_slice())?;
     if size == 0 {
-        return Ok(Err(u32::try_from(length).unwrap_or(u32::MAX)));
+        let size = u32::try_from(length).unwrap_or(u32::MAX);
+        return Ok(GetxattrReply::Count(size));
     }
     value.truncate(length);
-    Ok(Ok(value))
+    Ok(GetxattrReply::Value(value))
 }
 
 /// All names of attributes, each with its NUL.

@@ -5,19 +5,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 
 use rustix::fs::Mode;
 use rustix::process::umask;
 use virtiofsd::filesystem::{Context, Entry, OpenOptions, ZeroCopyReader, ZeroCopyWriter};
-use virtiofsd::fuse::{
-    CopyfilerangeIn, CreateIn, InHeader, Kstatfs, LseekOut, ReadIn, WRITE_KILL_PRIV, WriteIn,
-};
-use virtiofsd::soft_idmap::{GuestGid, GuestUid, Id};
+use virtiofsd::fuse::{CopyfilerangeIn, CreateIn, InHeader, Kstatfs, WRITE_KILL_PRIV};
+use virtiofsd::soft_idmap::{GuestGid, Id};
 use vm_memory::ByteValued;
 
-use super::answers::xattr_size;
-use super::operations::COPY_MAX;
+use super::operations::{COPY_MAX, check_user};
 use super::reply::Reply;
 use super::request::{Operation, XATTR_SIZE_MAX};
 use super::segments::Segments;
@@ -91,8 +87,17 @@ impl Server {
                     truncated.map(|()| (Some(node), OpenOptions::empty())),
                 )
             }
-            Operation::Read(args) => self.read_unnamed(file, args, reply),
-            Operation::Write(args) => self.write_unnamed(file, args, data, reply),
+            Operation::Read(args) => self.answer_read(reply, args.size, |payload| {
+                FileToGuest(payload).read_from_file_at(file, args.size as usize, args.offset, None)
+            }),
+            Operation::Write(args) => self.answer_write(reply, args.size, data, |data| {
+                let size = args.size as usize;
+                let len = GuestToFile(data).write_to_file_at(file, size, args.offset, None)?;
+                if args.write_flags & WRITE_KILL_PRIV != 0 {
+                    unnamed::drop_privileges(file)?;
+                }
+                Ok(len)
+            }),
             // They are closed when they are forgotten.
             Operation::Release(_) | Operation::Flush(_) => self.done(reply, Ok(())),
             Operation::Fsync { data_only, .. } => {
@@ -106,10 +111,9 @@ impl Server {
                 let (offset, length) = (args.offset, args.length);
                 self.done(reply, unnamed::allocate(file, args.mode, offset, length))
             }
-            Operation::Lseek(args) => match unnamed::seek(file, args.offset, args.whence) {
-                Ok(offset) => reply.ok(&[LseekOut { offset }.as_slice()]),
-                Err(error) => self.failed(reply, &error),
-            },
+            Operation::Lseek(args) => {
+                self.found(reply, unnamed::seek(file, args.offset, args.whence))
+            }
             Operation::Statfs => self.statistics_of(file, reply),
             Operation::Setxattr { .. }
             | Operation::Getxattr { .. }
@@ -128,10 +132,7 @@ impl Server {
         groups: &[GuestGid],
     ) -> io::Result<(Entry, Option<u64>, OpenOptions)> {
         let context = Context::from(*header);
-        // For setresuid(2) this means "leave it as it is", which would be the server's own.
-        if context.uid == GuestUid::from(u32::MAX) || context.gid == GuestGid::from(u32::MAX) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
+        check_user(&context)?;
         // As the server: who may make files in a directory need not be allowed to list it.
         let directory = host_directory(&self.host, context, header.nodeid)?;
         let identity = Identity::current();
@@ -146,49 +147,6 @@ impl Server {
         let entry = made?;
         let handle = entry.inode;
         Ok((entry, Some(handle), OpenOptions::empty()))
-    }
-
-    fn read_unnamed(&self, file: &File, args: ReadIn, reply: Reply<'_>) -> u32 {
-        let size = args.size as usize;
-        let Some(payload) = reply.payload().filter(|room| room.len() >= size) else {
-            return self.fail(reply, libc::EINVAL);
-        };
-        match FileToGuest(payload).read_from_file_at(file, size, args.offset, None) {
-            Ok(len) => {
-                let counter = &self.counters.read_bytes;
-                counter.fetch_add(len as u64, Ordering::Relaxed);
-                reply.ok_in_place(len)
-            }
-            Err(error) => self.failed(reply, &error),
-        }
-    }
-
-    fn write_unnamed(
-        &self,
-        file: &File,
-        args: WriteIn,
-        data: &Segments<'_>,
-        reply: Reply<'_>,
-    ) -> u32 {
-        let size = args.size as usize;
-        if data.len() != size {
-            return self.fail(reply, libc::EINVAL);
-        }
-        let mut data = GuestToFile(data.clone());
-        let written = data
-            .write_to_file_at(file, size, args.offset, None)
-            .and_then(|len| match args.write_flags & WRITE_KILL_PRIV {
-                0 => Ok(len),
-                _ => unnamed::drop_privileges(file).map(|()| len),
-            });
-        match written {
-            Ok(len) => {
-                let counter = &self.counters.written_bytes;
-                counter.fetch_add(len as u64, Ordering::Relaxed);
-                self.written(reply, len)
-            }
-            Err(error) => self.failed(reply, &error),
-        }
     }
 
     fn statistics_of(&self, file: &File, reply: Reply<'_>) -> u32 {
@@ -220,11 +178,9 @@ impl Server {
                 flags,
                 extra,
             } => self.done(reply, unnamed::set_xattr(file, name, value, flags, extra)),
-            Operation::Getxattr { name, size } => match unnamed::xattr(file, name, size) {
-                Ok(Ok(value)) => reply.ok(&[&value]),
-                Ok(Err(size)) => reply.ok(&[xattr_size(size).as_slice()]),
-                Err(error) => self.failed(reply, &error),
-            },
+            Operation::Getxattr { name, size } => {
+                self.xattr(reply, unnamed::xattr(file, name, size))
+            }
             Operation::Listxattr(size) => {
                 self.xattr_names(reply, size, unnamed::xattrs(file, XATTR_SIZE_MAX))
             }
@@ -254,9 +210,6 @@ impl Server {
             let copied = rustix::fs::copy_file_range(&from, offsets.0, &to, offsets.1, length)?;
             io::Result::Ok(copied)
         };
-        match copy() {
-            Ok(len) => self.written(reply, len),
-            Err(error) => self.failed(reply, &error),
-        }
+        self.written(reply, copy())
     }
 }

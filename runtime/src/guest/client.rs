@@ -78,6 +78,11 @@ pub enum GuestError {
 }
 
 impl GuestError {
+    /// Whether the agent refused something because of the state that the container is in.
+    pub fn refuses_state(&self) -> bool {
+        self.code() == Some(ErrorCode::FailedPrecondition)
+    }
+
     /// The agent's error code, if it answered with one.
     pub fn code(&self) -> Option<ErrorCode> {
         match self {

@@ -76,10 +76,9 @@ fn kill_all(record: &Record) -> Result<(), RuntimeError> {
         // No process was written down, so none of ours lives: the one that makes the cgroup does it under the
         // lock that is held here, and writes itself down before it gives that up. What it may have made before
         // it was killed goes; a cgroup with others in it is not ours.
-        cgroup
-            .as_ref()
-            .map(Cgroup::remove_unused)
-            .unwrap_or_default();
+        if let Some(cgroup) = &cgroup {
+            cgroup.remove_unused();
+        }
         return Ok(());
     }
     if let Some(cgroup) = &cgroup {

@@ -126,10 +126,9 @@ async fn ended_instead(state: &StateDir, error: RuntimeError) -> RuntimeError {
     // paused.
     let paused = || state.record().is_ok_and(|record| record.paused);
     match error {
-        RuntimeError::Guest(GuestError::Answer {
-            code: ErrorCode::FailedPrecondition,
-            ..
-        }) if !paused() => OrderError::ExecStopped.into(),
+        RuntimeError::Guest(error) if error.refuses_state() && !paused() => {
+            OrderError::ExecStopped.into()
+        }
         RuntimeError::Guest(GuestError::Answer { code, .. }) if code != ErrorCode::Internal => {
             error
         }

@@ -73,14 +73,11 @@ async fn send(state: &StateDir, signal: i32, all: bool) -> Result<(), RuntimeErr
 
 /// An error because the container has ended meanwhile is told as such.
 async fn not_running_any_more(state: &StateDir, error: RuntimeError) -> RuntimeError {
-    let refused = matches!(
-        &error,
-        RuntimeError::Guest(GuestError::Answer {
-            code: ErrorCode::FailedPrecondition | ErrorCode::NotFound,
-            ..
-        })
-    );
-    if refused || super::ended_meanwhile(state, &error).await {
+    let refused =
+        |error: &GuestError| error.refuses_state() || error.code() == Some(ErrorCode::NotFound);
+    if matches!(&error, RuntimeError::Guest(error) if refused(error))
+        || super::ended_meanwhile(state, &error).await
+    {
         return OrderError::NotRunning.into();
     }
     error

@@ -25,7 +25,10 @@ pub async fn start(state: &StateDir) -> Result<(), RuntimeError> {
     }
     let asked_ns = match ask(state).await {
         Ok(asked_ns) => asked_ns,
-        // What the agent answers is told as it is: it may be the reason for the end.
+        Err(RuntimeError::Guest(error)) if error.refuses_state() => {
+            return Err(OrderError::StartStopped.into());
+        }
+        // What else the agent answers is told as it is: it may be the reason for the end.
         Err(
             error @ (RuntimeError::Guest(GuestError::Answer { .. }) | RuntimeError::Command(_)),
         ) => {

@@ -18,6 +18,7 @@ pub mod bench;
 pub mod cache;
 pub mod cleanup;
 mod cpio;
+pub mod installed;
 mod link;
 mod machine;
 pub mod root;

@@ -7,7 +7,9 @@ use std::process::Output;
 
 use serde_json::json;
 
-use crate::parts::{Config, compiled, installed, newc};
+use caisson_testbed::installed::path_of;
+
+use crate::parts::{Config, compiled, newc};
 use crate::support::{Bundle, Traces, is_caisson, new_id, runtime, show, stderr};
 
 /// `run` fails, says all of `texts`, and leaves nothing.
@@ -126,8 +128,8 @@ fn refused_with(changes: &str, texts: &[&str]) {
 
 #[test]
 fn an_unknown_key_is_named_with_its_file() {
-    refused_with("[vm]\nmemroy_mib = 256\n", &["memroy_mib", "50-test.toml"]);
-    refused_with("[vmm]\nmemory_mib = 256\n", &["vmm", "50-test.toml"]);
+    refused_with("[vm]\nmemroy_mib = 256\n", &["memroy_mib", "50-changes.toml"]);
+    refused_with("[vmm]\nmemory_mib = 256\n", &["vmm", "50-changes.toml"]);
 }
 
 #[test]
@@ -165,7 +167,7 @@ fn a_kernel_that_is_none() {
 
 #[test]
 fn a_truncated_kernel() {
-    let bytes = fs::read(installed("kernel")).unwrap();
+    let bytes = fs::read(path_of("kernel").unwrap()).unwrap();
     let dir = tempfile::TempDir::new().unwrap();
     let path = dir.path().join("kernel");
     for length in [100, 5000, bytes.len() / 2] {

@@ -6,35 +6,26 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use caisson_testbed::installed::{config_with, path_of};
+
 /// The installed configuration with changes.
 pub(crate) struct Config {
-    dir: tempfile::TempDir,
+    file: PathBuf,
+    _dir: tempfile::TempDir,
 }
 
 impl Config {
     /// With a drop-in that holds `changes`.
     pub(crate) fn with(changes: &str) -> Self {
         let dir = tempfile::TempDir::new().unwrap();
-        let file = dir.path().join("config.toml");
-        fs::copy("/etc/caisson/config.toml", &file).unwrap();
-        fs::create_dir(dir.path().join("config.toml.d")).unwrap();
-        fs::write(dir.path().join("config.toml.d/50-test.toml"), changes).unwrap();
-        Self { dir }
+        let file = config_with(dir.path(), "config", changes).unwrap();
+        Self { file, _dir: dir }
     }
 
     /// Its path, for `--config`.
     pub(crate) fn file(&self) -> String {
-        let file = self.dir.path().join("config.toml");
-        file.to_str().unwrap().to_owned()
+        self.file.to_str().unwrap().to_owned()
     }
-}
-
-/// The path that the installed configuration has for `key`.
-pub(crate) fn installed(key: &str) -> PathBuf {
-    let text = fs::read_to_string("/etc/caisson/config.toml").unwrap();
-    let start = format!("{key} =");
-    let line = text.lines().find(|line| line.starts_with(&start)).unwrap();
-    PathBuf::from(line.split('"').nth(1).unwrap())
 }
 
 /// A static program made of C.
@@ -69,7 +60,7 @@ pub(crate) fn newc(name: &str, mode: u32, data: &[u8]) -> Vec<u8> {
 
 /// The installed initramfs with another program as PID 1; the agent is `/real`, and is what PID 1 is to become.
 pub(crate) fn initramfs_with_init(program: &[u8]) -> Vec<u8> {
-    let mut archive = fs::read(installed("initramfs")).unwrap();
+    let mut archive = fs::read(path_of("initramfs").unwrap()).unwrap();
     let mut at = 0;
     loop {
         let field = |index: usize| {

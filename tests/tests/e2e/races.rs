@@ -287,58 +287,61 @@ fn lives_or_says_why(disk: &Disk, bundle: &Bundle) -> bool {
     failed.is_none()
 }
 
-#[test]
-fn a_disk_with_room_for_a_few_files_only() {
+/// On disks with room for ever more of something, up to `most`, which is enough; `option` is the mount option
+/// for so many.
+fn on_small_disks(what: &str, few: usize, most: usize, option: fn(usize) -> String) {
     let before = Traces::now();
     let bundle = sleeping();
-    let most = 20;
-    let tries = count("numbers of files", 5, most);
+    let tries = count(&format!("numbers of {what}"), few, most);
     let mut lived = 0;
     for n in 1..=tries {
-        let inodes = n * most / tries;
-        println!("room for {inodes} files");
-        let disk = Disk::new(&format!("mode=700,nr_inodes={inodes}"));
+        let room = n * most / tries;
+        println!("room for {room} {what}");
+        let disk = Disk::new(&format!("mode=700,{}", option(room)));
         lived += u32::from(lives_or_says_why(&disk, &bundle));
     }
     drop(bundle);
-    assert!(lived > 0, "{most} files are not enough");
+    assert!(lived > 0, "{most} {what} are not enough");
     Traces::wait_until_gone(&before);
+}
+
+#[test]
+fn a_disk_with_room_for_a_few_files_only() {
+    on_small_disks("files", 5, 20, |files| format!("nr_inodes={files}"));
 }
 
 #[test]
 fn a_disk_with_room_for_a_few_pages_only() {
-    let before = Traces::now();
-    let bundle = sleeping();
-    let most = 16;
-    let tries = count("numbers of pages", 4, most);
-    let mut lived = 0;
-    for n in 1..=tries {
-        let pages = n * most / tries;
-        println!("room for {pages} pages");
-        let disk = Disk::new(&format!("mode=700,size={}k", 4 * pages));
-        lived += u32::from(lives_or_says_why(&disk, &bundle));
-    }
-    drop(bundle);
-    assert!(lived > 0, "{most} pages are not enough");
-    Traces::wait_until_gone(&before);
+    on_small_disks("pages", 4, 16, |pages| format!("size={}k", 4 * pages));
 }
 
-#[test]
-fn a_start_that_cannot_be_written_down_is_undone() {
-    let before = Traces::now();
-    let bundle = sleeping();
+/// A disk with a container of the bundle, on which more fits.
+fn created(bundle: &Bundle) -> (Disk, String) {
     let disk = Disk::new("mode=700,size=256k");
     let id = new_id();
     let created = disk.caisson(&["create", "--bundle", bundle.path().to_str().unwrap(), &id]);
     assert!(created.status.success());
+    (disk, id)
+}
+
+/// Fills the disk; then this command says that there is no space.
+fn fails_on_a_full_disk(disk: &Disk, command: &[&str]) {
     disk.fill();
-    let output = disk.caisson(&["start", &id]);
+    let output = disk.caisson(command);
     assert!(!output.status.success());
     assert!(
         stderr(&output).contains("No space left"),
         "{}",
         show(&output)
     );
+}
+
+#[test]
+fn a_start_that_cannot_be_written_down_is_undone() {
+    let before = Traces::now();
+    let bundle = sleeping();
+    let (disk, id) = created(&bundle);
+    fails_on_a_full_disk(&disk, &["start", &id]);
     wait_within("the truth", TRUTH, &mut || {
         disk.status(&id).as_deref() == Some("stopped")
     });
@@ -352,19 +355,9 @@ fn a_start_that_cannot_be_written_down_is_undone() {
 fn a_pause_that_cannot_be_written_down_is_undone() {
     let before = Traces::now();
     let bundle = Bundle::sh("while :; do echo tick; sleep 0.1; done >/tmp/ticks");
-    let disk = Disk::new("mode=700,size=256k");
-    let id = new_id();
-    let created = disk.caisson(&["create", "--bundle", bundle.path().to_str().unwrap(), &id]);
-    assert!(created.status.success());
+    let (disk, id) = created(&bundle);
     assert!(disk.caisson(&["start", &id]).status.success());
-    disk.fill();
-    let output = disk.caisson(&["pause", &id]);
-    assert!(!output.status.success());
-    assert!(
-        stderr(&output).contains("No space left"),
-        "{}",
-        show(&output)
-    );
+    fails_on_a_full_disk(&disk, &["pause", &id]);
     assert_eq!(disk.status(&id).as_deref(), Some("running"));
     let ticks = || fs::metadata(bundle.root("tmp/ticks")).map_or(0, |file| file.len());
     let now = ticks();

@@ -92,6 +92,32 @@ impl Report {
         Stats::of(self.samples.iter().filter(of).map(|sample| sample.value))
     }
 
+    /// A metric's cell in units of `scale`; a dash if it was not measured.
+    fn cell(&self, part: &str, subject: &str, metric: &str, scale: f64, digits: usize) -> String {
+        let stats = self.stats(part, subject, metric);
+        stats.map_or("–".to_owned(), |stats| stats.show(scale, digits))
+    }
+
+    /// Rows of a part's subjects: each of two metrics in milliseconds and as a part of runc's.
+    fn beside_runc(&self, part: &str, metrics: [&str; 2]) -> Option<String> {
+        let mut text = String::new();
+        for subject in self.subjects(part) {
+            let _ = write!(text, "| {subject} |");
+            for metric in metrics {
+                let runc = self.stats(part, "runc", metric)?;
+                let own = self.stats(part, subject, metric)?;
+                let _ = write!(
+                    text,
+                    " {} | {:.2} |",
+                    own.show(MS, 1),
+                    own.median / runc.median
+                );
+            }
+            text.push('\n');
+        }
+        Some(text)
+    }
+
     /// Subjects of a part, in the order of their first samples.
     fn subjects(&self, part: &str) -> Vec<&str> {
         let mut seen = BTreeSet::new();
@@ -194,10 +220,7 @@ impl Report {
             | | exec to first KVM_RUN | first KVM_RUN to init | exec to init | of caisson-vmm |\n|---|---|---|---|---|\n"
             .to_owned();
         for subject in self.subjects("boot") {
-            let show = |metric| {
-                let stats = self.stats("boot", subject, metric);
-                stats.map_or("–".to_owned(), |stats| stats.show(MS, 1))
-            };
+            let show = |metric| self.cell("boot", subject, metric, MS, 1);
             let whole = self.stats("boot", subject, "exec_to_init_ns")?;
             let _ = writeln!(
                 text,
@@ -245,24 +268,13 @@ impl Report {
     }
 
     fn start(&self) -> Option<String> {
-        let runc = |metric| self.stats("start", "runc", metric);
-        let (run, exec) = (runc("run_ns")?, runc("exec_ns")?);
-        let mut text = "## run and exec\n\nThe same busybox bundle. From before the command's process is made until it is reaped, virtual ms.\n\n\
-            | | `run … true` | of runc | `exec … true` | of runc |\n|---|---|---|---|---|\n"
-            .to_owned();
-        for subject in self.subjects("start") {
-            let own = |metric| self.stats("start", subject, metric);
-            let (own_run, own_exec) = (own("run_ns")?, own("exec_ns")?);
-            let _ = writeln!(
-                text,
-                "| {subject} | {} | {:.2} | {} | {:.2} |",
-                own_run.show(MS, 1),
-                own_run.median / run.median,
-                own_exec.show(MS, 1),
-                own_exec.median / exec.median
-            );
-        }
-        Some(text)
+        // Only beside runc does it say something.
+        self.stats("start", "runc", "run_ns")?;
+        let rows = self.beside_runc("start", ["run_ns", "exec_ns"])?;
+        Some(format!(
+            "## run and exec\n\nThe same busybox bundle. From before the command's process is made until it is reaped, virtual ms.\n\n\
+             | | `run … true` | of runc | `exec … true` | of runc |\n|---|---|---|---|---|\n{rows}"
+        ))
     }
 
     fn stages(&self) -> Option<String> {
@@ -284,27 +296,11 @@ impl Report {
         let end = self.stats("stages", "caisson", "end_ns")?;
         let _ = writeln!(
             text,
-            "\nFrom the end of the container's input, which ends it, until `caisson run` is reaped and nothing is left: {}.\n",
+            "\nFrom the end of the container's input, which ends it, until `caisson run` is reaped and nothing is left: {}.",
             end.show(MS, 1)
         );
-        let _ = writeln!(
-            text,
-            "| | to first output | of runc | end | of runc |\n|---|---|---|---|---|"
-        );
-        let runc = self.stats("stages", "runc", "to_first_output_ns")?;
-        let runc_end = self.stats("stages", "runc", "end_ns")?;
-        for subject in self.subjects("stages") {
-            let output = self.stats("stages", subject, "to_first_output_ns")?;
-            let end = self.stats("stages", subject, "end_ns")?;
-            let _ = writeln!(
-                text,
-                "| {subject} | {} | {:.2} | {} | {:.2} |",
-                output.show(MS, 1),
-                output.median / runc.median,
-                end.show(MS, 1),
-                end.median / runc_end.median
-            );
-        }
+        text.push_str("\n| | to first output | of runc | end | of runc |\n|---|---|---|---|---|\n");
+        text.push_str(&self.beside_runc("stages", ["to_first_output_ns", "end_ns"])?);
         Some(text)
     }
 
@@ -328,10 +324,7 @@ impl Report {
             | | guest pages touched | of them private | VMM's own, private | VMM's own, PSS | exits in 10 s idle |\n|---|---|---|---|---|---|\n"
             .to_owned();
         for subject in subjects {
-            let show = |metric| {
-                let stats = self.stats("memory", subject, metric);
-                stats.map_or("–".to_owned(), |stats| stats.show(1.0, 0))
-            };
+            let show = |metric| self.cell("memory", subject, metric, 1.0, 0);
             let _ = writeln!(
                 text,
                 "| {subject} | {} | {} | {} | {} | {} |",

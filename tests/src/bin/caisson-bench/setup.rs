@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use caisson_testbed::installed::{config_with, path_of};
 
 /// Where the measured Caisson keeps containers.
 const STATE: &str = "/run/caisson";
-const CONFIG: &str = "/etc/caisson/config.toml";
 
 /// What the installed Caisson is configured with.
 #[derive(Debug)]
@@ -26,20 +26,10 @@ pub(crate) struct Images {
 impl Images {
     /// From its configuration file.
     pub(crate) fn configured() -> Result<Self> {
-        let text =
-            fs::read_to_string(CONFIG).with_context(|| format!("failed to read {CONFIG}"))?;
-        let path = |key: &str| -> Result<PathBuf> {
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix(key)?.trim_start().strip_prefix('='));
-            let value = line.map(|value| value.trim().trim_matches('"'));
-            let value = value.with_context(|| format!("{CONFIG} has no {key}"))?;
-            Ok(PathBuf::from(value))
-        };
         Ok(Self {
-            kernel: path("kernel")?,
-            initramfs: path("initramfs")?,
-            vmm: path("vmm")?,
+            kernel: path_of("kernel")?,
+            initramfs: path_of("initramfs")?,
+            vmm: path_of("vmm")?,
         })
     }
 }
@@ -98,16 +88,9 @@ impl Setup {
 
     /// A configuration file for guests of this size.
     pub(crate) fn config(&self, memory_mib: u64) -> Result<PathBuf> {
-        let file = self.dir().join(format!("{memory_mib}.toml"));
-        let drop_ins = self.dir().join(format!("{memory_mib}.toml.d"));
-        fs::create_dir_all(&drop_ins)
-            .and_then(|()| fs::copy(CONFIG, &file))
-            .and_then(|_| {
-                let text = format!("[vm]\nmemory_mib = {memory_mib}\n");
-                fs::write(drop_ins.join("memory.toml"), text)
-            })
-            .context("failed to write a configuration")?;
-        Ok(file)
+        let changes = format!("[vm]\nmemory_mib = {memory_mib}\n");
+        config_with(self.dir(), &memory_mib.to_string(), &changes)
+            .context("failed to write a configuration")
     }
 
     /// A file in the state directory of a container, as JSON.

@@ -78,6 +78,14 @@ pub enum GuestError {
 }
 
 impl GuestError {
+    /// Whether the connection is lost rather than the request refused: most often the VM ends.
+    pub fn is_lost_connection(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Broken { .. } | Self::Stream(_) => true,
+            Self::Version { .. } | Self::Answer { .. } | Self::Timeout { .. } => false,
+        }
+    }
+
     /// Whether the agent refused something because of the state that the container is in.
     pub fn refuses_state(&self) -> bool {
         self.code() == Some(ErrorCode::FailedPrecondition)

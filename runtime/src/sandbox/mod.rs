@@ -27,7 +27,7 @@ use caisson_protocol::ports::HOST_SOCKET;
 
 use crate::bundle::plan::Plan;
 use crate::error::RuntimeError;
-use crate::guest::client::{Connector, GuestClient, GuestError};
+use crate::guest::client::{Connector, GuestClient};
 use state::Status;
 use store::{StateDir, StoreError};
 
@@ -49,8 +49,8 @@ pub(crate) async fn guest(state: &StateDir) -> Result<(Plan, GuestClient), Runti
     Ok((plan, guest))
 }
 
-/// How long a VM whose connections have broken may take to be seen as ended.
-const END_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
+/// How long a VM whose connections have broken may take to be seen as ended: its memory is given back before that.
+const END_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Whether a step failed with `error` because the container ended meanwhile: nothing can be made in namespaces that
 /// end, and a VM that ends forgets its streams and closes its sockets a moment before it counts as ended.
@@ -62,19 +62,12 @@ pub(crate) async fn ended_meanwhile(state: &StateDir, error: &RuntimeError) -> b
     if record.status() == Status::Stopped {
         return true;
     }
-    let broken = matches!(
+    let perhaps = matches!(
         error,
-        RuntimeError::Guest(
-            GuestError::Connect { .. }
-                | GuestError::Broken { .. }
-                | GuestError::Stream(_)
-                | GuestError::Answer {
-                    code: ErrorCode::Internal,
-                    ..
-                }
-        )
+        RuntimeError::Guest(error)
+            if error.is_lost_connection() || error.code() == Some(ErrorCode::Internal)
     );
-    match record.vmm.filter(|_| broken) {
+    match record.vmm.filter(|_| perhaps) {
         Some(vmm) => vmm.ends_within(END_LIMIT).await,
         None => false,
     }

@@ -28,7 +28,7 @@ use super::report::{Channel, Report};
 use super::signals::{self, SIGWINCH};
 use super::state::{ExitRecord, Phase, Record, Transition};
 use super::store::{StateDir, Store, StoreError};
-use super::{PLAN_FILE, connector, monotonic_ns, now_rfc3339};
+use super::{END_LIMIT, PLAN_FILE, connector, monotonic_ns, now_rfc3339};
 use crate::bundle::plan::Plan;
 use crate::bundle::translate::ROOTFS_NAME;
 use crate::error::{OrderError, RuntimeError, chain};
@@ -233,8 +233,10 @@ async fn make(
 
 /// A broken connection is most often the VM's end, which says more.
 async fn explain(vm: &mut Vm, error: RuntimeError) -> RuntimeError {
-    let limit = std::time::Duration::from_millis(500);
-    match tokio::time::timeout(limit, vm.ended()).await {
+    if !matches!(&error, RuntimeError::Guest(error) if error.is_lost_connection()) {
+        return error;
+    }
+    match tokio::time::timeout(END_LIMIT, vm.ended()).await {
         Ok(end) => boot::ended(BUILDING, &end).into(),
         Err(_) => error,
     }
@@ -391,8 +393,7 @@ impl Container {
 
     /// The connection to the agent broke: the VM is about to end, or is made to.
     async fn lost_agent(&mut self, error: &dyn std::error::Error) -> String {
-        let limit = std::time::Duration::from_secs(5);
-        if let Ok(end) = tokio::time::timeout(limit, self.vm.ended()).await {
+        if let Ok(end) = tokio::time::timeout(END_LIMIT, self.vm.ended()).await {
             return describe(&end);
         }
         self.vm.kill();

@@ -7,7 +7,10 @@
 //! it jump to where there is nothing.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
+
+use caisson_testbed::installed::path_of;
 
 use crate::faults::{TRUTH, stopped_then_gone};
 use crate::parts::{Config, compiled, initramfs_with_init};
@@ -118,6 +121,7 @@ const PANIC: &str = "Attempted to kill init! exitcode=0x0000000b";
 struct Doomed {
     config: Config,
     _initramfs: tempfile::NamedTempFile,
+    vmm: Option<tempfile::TempPath>,
 }
 
 impl Doomed {
@@ -131,7 +135,25 @@ impl Doomed {
         Self {
             config,
             _initramfs: initramfs,
+            vmm: None,
         }
+    }
+
+    /// Its VMM takes a second to end after its sockets are closed, as one with much memory on a busy machine may:
+    /// that the connection broke is known before the cause of it.
+    fn with_vmm_slow_to_end(mut self) -> Self {
+        let vmm = tempfile::NamedTempFile::new().unwrap();
+        let vmm_path = vmm.into_temp_path();
+        let script = format!(
+            "#!/bin/sh\n'{}' \"$@\"\nsleep 1\n",
+            path_of("vmm").unwrap().display()
+        );
+        fs::write(&vmm_path, script).unwrap();
+        fs::set_permissions(&vmm_path, fs::Permissions::from_mode(0o755)).unwrap();
+        self.config
+            .add(&format!("[vm]\nvmm = {:?}\n", vmm_path.to_str().unwrap()));
+        self.vmm = Some(vmm_path);
+        self
     }
 
     fn bundle(&self, script: &str) -> Bundle {
@@ -207,7 +229,7 @@ fn the_agent_killed_while_starting() {
     for moment in 0..moments {
         // Denser at the beginning, and up to about as many calls as the agent makes for a container.
         let call = 600 * moment * moment / (moments * moments);
-        let doomed = Doomed::new(&format!("KILL_AT_CALL={call}"));
+        let doomed = Doomed::new(&format!("KILL_AT_CALL={call}")).with_vmm_slow_to_end();
         let before = Traces::now();
         let bundle = doomed.bundle("exec sleep 100000");
         let container = bundle.container(&new_id());

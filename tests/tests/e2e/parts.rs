@@ -22,6 +22,12 @@ impl Config {
         Self { file, _dir: dir }
     }
 
+    /// And with another drop-in.
+    pub(crate) fn add(&self, changes: &str) {
+        let drop_in = format!("{}.d/60-more.toml", self.file());
+        fs::write(drop_in, changes).unwrap();
+    }
+
     /// Its path, for `--config`.
     pub(crate) fn file(&self) -> String {
         self.file.to_str().unwrap().to_owned()

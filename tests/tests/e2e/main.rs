@@ -24,3 +24,4 @@ mod stdio;
 mod support;
 mod tracer;
 mod tty;
+mod vmm;

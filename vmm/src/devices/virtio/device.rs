@@ -265,6 +265,12 @@ impl From<&Queue> for QueueSnapshot {
     }
 }
 
+impl From<&ActiveQueue> for QueueSnapshot {
+    fn from(active: &ActiveQueue) -> Self {
+        Self::from(&active.queue)
+    }
+}
+
 impl TryFrom<&QueueSnapshot> for Queue {
     type Error = SnapshotError;
 

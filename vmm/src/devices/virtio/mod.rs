@@ -9,4 +9,5 @@ pub mod device;
 pub mod fs;
 pub mod mmio;
 pub mod rng;
+mod service;
 pub mod vsock;

@@ -14,7 +14,6 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::Queue;
 
 use super::backend::Disk;
 use super::request::{RANGE_SECTORS_MAX, RANGES_MAX};
@@ -23,7 +22,7 @@ use super::{BlkError, SECTOR_LEN};
 use crate::devices::virtio::device::{
     ActivateError, Activation, QueueSnapshot, SnapshotError, VirtioDevice,
 };
-use crate::worker::WorkerThread;
+use crate::devices::virtio::service::{Service, check_version};
 
 /// Size of a queue, and so most requests under way in it.
 const QUEUE_SIZE: u16 = 256;
@@ -41,16 +40,9 @@ pub struct BlkDevice {
     config_space: [u8; CONFIG_LEN],
     queue_sizes: Vec<u16>,
     shared: Arc<Shared>,
-    state: State,
+    service: Service<BlkWorker>,
     /// For tests: never io_uring.
     pub(super) calls_only: bool,
-}
-
-#[derive(Debug)]
-enum State {
-    Inactive,
-    Running(Vec<WorkerThread<BlkWorker>>),
-    Paused(Vec<BlkWorker>),
 }
 
 /// What a restore needs.
@@ -105,44 +97,9 @@ impl BlkDevice {
                 serial,
                 counters: Counters::default(),
             }),
-            state: State::Inactive,
+            service: Service::default(),
             calls_only: false,
         })
-    }
-
-    /// Ends all threads and takes their workers back.
-    fn stop_threads(threads: Vec<WorkerThread<BlkWorker>>) -> Vec<BlkWorker> {
-        threads
-            .into_iter()
-            .filter_map(|thread| {
-                let worker = thread.stop();
-                if worker.is_none() {
-                    log::error!("blk: a device thread was lost");
-                }
-                worker
-            })
-            .collect()
-    }
-
-    /// Starts a thread for each worker; all or none.
-    fn start_threads(
-        workers: Vec<BlkWorker>,
-    ) -> Result<Vec<WorkerThread<BlkWorker>>, ActivateError> {
-        let mut threads = Vec::with_capacity(workers.len());
-        for worker in workers {
-            let name = worker.thread_name();
-            match WorkerThread::spawn(&name, worker) {
-                Ok(thread) => threads.push(thread),
-                Err(source) => {
-                    Self::stop_threads(threads);
-                    return Err(ActivateError::Host {
-                        what: "a virtio-blk thread",
-                        source,
-                    });
-                }
-            }
-        }
-        Ok(threads)
     }
 }
 
@@ -212,12 +169,7 @@ impl VirtioDevice for BlkDevice {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.reset();
-        if activation.queues.len() != self.queue_sizes.len() {
-            return Err(ActivateError::QueueCount {
-                got: activation.queues.len(),
-                want: self.queue_sizes.len(),
-            });
-        }
+        activation.check_queues(self.queue_sizes.len())?;
         let durable = activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
         let workers = activation
             .queues
@@ -234,79 +186,43 @@ impl VirtioDevice for BlkDevice {
                 BlkWorker::new(index, queue, self.shared.clone(), guest, engine, durable)
             })
             .collect();
-        self.state = State::Running(Self::start_threads(workers)?);
-        Ok(())
+        self.service.start(workers, activation.interrupt)
     }
 
     fn reset(&mut self) {
-        if let State::Running(threads) = std::mem::replace(&mut self.state, State::Inactive) {
-            Self::stop_threads(threads);
-        }
+        self.service.stop();
     }
 
     fn pause(&mut self) {
-        if let State::Running(threads) = &mut self.state {
-            let threads = std::mem::take(threads);
-            self.state = State::Paused(Self::stop_threads(threads));
-        }
+        self.service.pause();
     }
 
     fn resume(&mut self) -> Result<(), ActivateError> {
-        if let State::Paused(workers) = &mut self.state {
-            let workers = std::mem::take(workers);
-            self.state = State::Running(Self::start_threads(workers)?);
-        }
-        Ok(())
+        self.service.resume()
     }
 
     fn save(&self) -> Result<serde_json::Value, SnapshotError> {
-        let mut queues = vec![None; self.queue_sizes.len()];
-        match &self.state {
-            State::Running(_) => return Err(SnapshotError::NotPaused),
-            State::Inactive => {}
-            State::Paused(workers) => {
-                for worker in workers {
-                    if let Some(snapshot) = queues.get_mut(worker.index) {
-                        *snapshot = Some(QueueSnapshot::from(&worker.queue.queue));
-                    }
-                }
-            }
-        }
         let state = BlkState {
             version: BlkState::VERSION,
             serial: self.config.serial.clone(),
             read_only: self.config.read_only,
             sectors: self.shared.disk.sectors(),
-            queues,
+            queues: self.service.snapshots(self.queue_sizes.len())?,
         };
         Ok(serde_json::to_value(state)?)
     }
 
     fn restore(&mut self, state: serde_json::Value) -> Result<(), SnapshotError> {
         let bad = |what: &str| Err(SnapshotError::BadState(what.to_owned()));
-        if !matches!(self.state, State::Inactive) {
-            return bad("the device is active");
-        }
         let state: BlkState = serde_json::from_value(state)?;
-        if state.version != BlkState::VERSION {
-            return bad("another version");
-        }
+        check_version(state.version, BlkState::VERSION)?;
         if state.serial != self.config.serial || state.read_only != self.config.read_only {
             return bad("another serial number, or not writable as before");
         }
         if state.sectors != self.shared.disk.sectors() {
             return bad("the disk is of another size");
         }
-        if state.queues.len() != self.queue_sizes.len() {
-            return bad("the number of queues is not the device's");
-        }
-        for snapshot in state.queues.iter().flatten() {
-            Queue::try_from(snapshot)?;
-            if snapshot.max_size != QUEUE_SIZE {
-                return bad("a queue is of another size");
-            }
-        }
-        Ok(())
+        self.service.check(&state.queues, &self.queue_sizes)
     }
 
     fn metrics(&self, out: &mut Vec<(&'static str, u64)>) {

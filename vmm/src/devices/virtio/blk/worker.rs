@@ -19,8 +19,9 @@ use super::backend::Disk;
 use super::engine::{Uring, call_now};
 use super::request::{HEADER_LEN, PAYLOAD_MAX, Parts, Request, Status};
 use super::task::{Buffers, Next, Task};
-use crate::devices::virtio::device::{ActiveQueue, GuestMemory, Interrupt};
+use crate::devices::virtio::device::{ActiveQueue, GuestMemory, Interrupt, QueueSnapshot};
 use crate::devices::virtio::fs::segments::Chain;
+use crate::devices::virtio::service::QueueWorker;
 use crate::worker::{Poller, Worker};
 
 /// Token of the queue's notification.
@@ -127,11 +128,6 @@ impl BlkWorker {
             ended: false,
             broken: false,
         }
-    }
-
-    /// Name of its thread.
-    pub(super) fn thread_name(&self) -> String {
-        format!("blk-{}", self.index)
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -380,6 +376,16 @@ impl BlkWorker {
                 }
             };
         }
+    }
+}
+
+impl QueueWorker for BlkWorker {
+    fn thread_name(&self) -> String {
+        format!("blk-{}", self.index)
+    }
+
+    fn queues(&self) -> Vec<(usize, Option<QueueSnapshot>)> {
+        vec![(self.index, Some(QueueSnapshot::from(&self.queue)))]
     }
 }
 

@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::OUTPUT;
 use crate::devices::console_ring::ConsoleRing;
 use crate::devices::virtio::device::{ActiveQueue, GuestMemory, Interrupt, QueueSnapshot};
+use crate::devices::virtio::service::QueueWorker;
 use crate::worker::{Poller, Worker};
 
 /// Most bytes taken of one chain; the driver sends 16 at a time, writers to `/dev/hvc0` a page. More is passed
@@ -56,16 +57,21 @@ impl Worker for ConsoleWorker {
     }
 }
 
-impl ConsoleWorker {
-    /// Both queues' positions.
-    pub(super) fn queues(&self) -> Vec<Option<QueueSnapshot>> {
-        let snapshot = |queue: &ActiveQueue| QueueSnapshot::from(&queue.queue);
-        vec![
-            self.input.as_ref().map(snapshot),
-            self.output.as_ref().map(snapshot),
-        ]
+impl QueueWorker for ConsoleWorker {
+    fn thread_name(&self) -> String {
+        "console".to_owned()
     }
 
+    fn queues(&self) -> Vec<(usize, Option<QueueSnapshot>)> {
+        [&self.input, &self.output]
+            .map(|queue| queue.as_ref().map(QueueSnapshot::from))
+            .into_iter()
+            .enumerate()
+            .collect()
+    }
+}
+
+impl ConsoleWorker {
     fn serve(&mut self) {
         let Some(ActiveQueue { queue, .. }) = &mut self.output else {
             return;
@@ -133,7 +139,7 @@ fn output(chain: Chain, memory: &GuestMemoryMmap, ring: &ConsoleRing) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::virtio::console::ConsoleDevice;
+    use crate::devices::virtio::console::{ConsoleDevice, QUEUE_SIZES};
     use crate::devices::virtio::device::{Activation, VirtioDevice};
     use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
     use virtio_queue::Queue;
@@ -230,7 +236,7 @@ mod tests {
     #[test]
     fn it_goes_on_after_a_pause_and_after_a_restore() {
         let memory = memory();
-        let driver = MockSplitQueue::new(&memory, 16);
+        let driver = MockSplitQueue::new(&memory, QUEUE_SIZES[OUTPUT]);
         let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let ring = ConsoleRing::new(1 << 20);
         let activation = |queue: Queue| Activation {

@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::Queue;
 use virtiofsd::filesystem::SerializableFileSystem;
 
 use super::FsDeviceError;
@@ -24,7 +23,7 @@ use super::worker::FsWorker;
 use crate::devices::virtio::device::{
     ActivateError, Activation, QueueSnapshot, SnapshotError, VirtioDevice,
 };
-use crate::worker::WorkerThread;
+use crate::devices::virtio::service::{Service, check_version};
 
 /// Length of the tag in configuration space, bytes.
 const TAG_LEN: usize = 36;
@@ -44,14 +43,7 @@ pub struct FsDevice {
     config_space: [u8; CONFIG_LEN],
     queue_sizes: Vec<u16>,
     server: Arc<Server>,
-    state: State,
-}
-
-#[derive(Debug)]
-enum State {
-    Inactive,
-    Running(Vec<WorkerThread<FsWorker>>),
-    Paused(Vec<FsWorker>),
+    service: Service<FsWorker>,
 }
 
 /// What a restore needs.
@@ -112,57 +104,8 @@ impl FsDevice {
             config_space,
             queue_sizes,
             server: Arc::new(Server::new(Host::open(config)?)),
-            state: State::Inactive,
+            service: Service::default(),
         })
-    }
-
-    /// Ends all threads and takes their workers back.
-    fn stop_threads(threads: Vec<WorkerThread<FsWorker>>) -> Vec<FsWorker> {
-        threads
-            .into_iter()
-            .filter_map(|thread| {
-                let worker = thread.stop();
-                if worker.is_none() {
-                    log::error!("fs: a device thread was lost");
-                }
-                worker
-            })
-            .collect()
-    }
-
-    /// Starts a thread for each worker; all or none.
-    fn start_threads(workers: Vec<FsWorker>) -> Result<Vec<WorkerThread<FsWorker>>, ActivateError> {
-        let mut threads = Vec::with_capacity(workers.len());
-        for worker in workers {
-            let name = worker.thread_name();
-            match WorkerThread::spawn(&name, worker) {
-                Ok(thread) => threads.push(thread),
-                Err(source) => {
-                    Self::stop_threads(threads);
-                    return Err(ActivateError::Host {
-                        what: "a virtio-fs thread",
-                        source,
-                    });
-                }
-            }
-        }
-        Ok(threads)
-    }
-
-    fn queue_snapshots(&self) -> Result<Vec<Option<QueueSnapshot>>, SnapshotError> {
-        let mut snapshots = vec![None; self.queue_sizes.len()];
-        match &self.state {
-            State::Running(_) => return Err(SnapshotError::NotPaused),
-            State::Inactive => {}
-            State::Paused(workers) => {
-                for worker in workers {
-                    if let Some(snapshot) = snapshots.get_mut(worker.index) {
-                        *snapshot = Some(QueueSnapshot::from(&worker.queue.queue));
-                    }
-                }
-            }
-        }
-        Ok(snapshots)
     }
 
     /// Inodes and open files, as virtiofsd migrates them.
@@ -227,12 +170,7 @@ impl VirtioDevice for FsDevice {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.reset();
-        if activation.queues.len() != self.queue_sizes.len() {
-            return Err(ActivateError::QueueCount {
-                got: activation.queues.len(),
-                want: self.queue_sizes.len(),
-            });
-        }
+        activation.check_queues(self.queue_sizes.len())?;
         let workers = activation
             .queues
             .into_iter()
@@ -248,33 +186,22 @@ impl VirtioDevice for FsDevice {
                 )
             })
             .collect();
-        self.state = State::Running(Self::start_threads(workers)?);
-        Ok(())
+        self.service.start(workers, activation.interrupt)
     }
 
     fn reset(&mut self) {
-        match std::mem::replace(&mut self.state, State::Inactive) {
-            // Never active since it was made or restored: a restored file system stays for its activation.
-            State::Inactive => return,
-            State::Running(threads) => drop(Self::stop_threads(threads)),
-            State::Paused(workers) => drop(workers),
+        // One that was never active since it was made or restored keeps a restored file system for its activation.
+        if self.service.stop() {
+            self.server.destroy();
         }
-        self.server.destroy();
     }
 
     fn pause(&mut self) {
-        if let State::Running(threads) = &mut self.state {
-            let threads = std::mem::take(threads);
-            self.state = State::Paused(Self::stop_threads(threads));
-        }
+        self.service.pause();
     }
 
     fn resume(&mut self) -> Result<(), ActivateError> {
-        if let State::Paused(workers) = &mut self.state {
-            let workers = std::mem::take(workers);
-            self.state = State::Running(Self::start_threads(workers)?);
-        }
-        Ok(())
+        self.service.resume()
     }
 
     fn save(&self) -> Result<serde_json::Value, SnapshotError> {
@@ -282,7 +209,7 @@ impl VirtioDevice for FsDevice {
             version: FsState::VERSION,
             tag: self.config.tag.clone(),
             request_queues: self.config.queues,
-            queues: self.queue_snapshots()?,
+            queues: self.service.snapshots(self.queue_sizes.len())?,
             negotiated: self.server.options().bits(),
             file_system: self
                 .save_file_system()
@@ -292,30 +219,16 @@ impl VirtioDevice for FsDevice {
     }
 
     fn restore(&mut self, state: serde_json::Value) -> Result<(), SnapshotError> {
-        if !matches!(self.state, State::Inactive) {
-            return Err(SnapshotError::BadState("the device is active".to_owned()));
-        }
         let state: FsState = serde_json::from_value(state)?;
         let bad = |what: &str| Err(SnapshotError::BadState(what.to_owned()));
-        if state.version != FsState::VERSION {
-            return bad("another version");
-        }
+        check_version(state.version, FsState::VERSION)?;
         if state.tag != self.config.tag || state.request_queues != self.config.queues {
             return bad("another tag or number of queues");
-        }
-        if state.queues.len() != self.queue_sizes.len() {
-            return bad("the number of queues is not the device's");
         }
         if state.file_system.len() > FsState::MAX_BYTES {
             return bad("too many inodes");
         }
-        for (snapshot, max) in state.queues.iter().zip(&self.queue_sizes) {
-            let Some(snapshot) = snapshot else { continue };
-            Queue::try_from(snapshot)?;
-            if snapshot.max_size != *max {
-                return bad("a queue is of another size");
-            }
-        }
+        self.service.check(&state.queues, &self.queue_sizes)?;
         self.restore_file_system(&state.file_system)
             .map_err(|error| SnapshotError::BadState(format!("inodes: {error}")))?;
         self.server.restore_options(state.negotiated);

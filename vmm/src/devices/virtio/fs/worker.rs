@@ -15,7 +15,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::segments::Chain;
 use super::server::Server;
-use crate::devices::virtio::device::{ActiveQueue, GuestMemory, Interrupt};
+use crate::devices::virtio::device::{ActiveQueue, GuestMemory, Interrupt, QueueSnapshot};
+use crate::devices::virtio::service::QueueWorker;
 use crate::worker::{Poller, Worker};
 
 /// Token of the queue's notification.
@@ -53,11 +54,6 @@ impl FsWorker {
             scratch: Vec::new(),
             broken: false,
         }
-    }
-
-    /// Name of its thread.
-    pub(super) fn thread_name(&self) -> String {
-        format!("fs-{}", self.index)
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -106,6 +102,16 @@ impl FsWorker {
                 return Ok(false);
             }
         }
+    }
+}
+
+impl QueueWorker for FsWorker {
+    fn thread_name(&self) -> String {
+        format!("fs-{}", self.index)
+    }
+
+    fn queues(&self) -> Vec<(usize, Option<QueueSnapshot>)> {
+        vec![(self.index, Some(QueueSnapshot::from(&self.queue)))]
     }
 }
 

@@ -16,6 +16,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::{BYTES_PER_SECOND, MAX_REQUEST};
 use crate::devices::virtio::device::{ActiveQueue, GuestMemory, Interrupt, QueueSnapshot};
+use crate::devices::virtio::service::QueueWorker;
 use crate::worker::{Poller, Worker};
 
 const KICK: u64 = 0;
@@ -102,11 +103,6 @@ impl RngWorker {
     }
 
     /// The queue's position.
-    pub(super) fn queues(&self) -> Vec<Option<QueueSnapshot>> {
-        let snapshot = |queue: &ActiveQueue| QueueSnapshot::from(&queue.queue);
-        vec![self.queue.as_ref().map(snapshot)]
-    }
-
     fn serve(&mut self) -> io::Result<()> {
         let Some(ActiveQueue { queue, .. }) = &mut self.queue else {
             return Ok(());
@@ -157,6 +153,16 @@ impl RngWorker {
 
 fn os_error(error: vmm_sys_util::errno::Error) -> io::Error {
     io::Error::from_raw_os_error(error.errno())
+}
+
+impl QueueWorker for RngWorker {
+    fn thread_name(&self) -> String {
+        "rng".to_owned()
+    }
+
+    fn queues(&self) -> Vec<(usize, Option<QueueSnapshot>)> {
+        vec![(0, self.queue.as_ref().map(QueueSnapshot::from))]
+    }
 }
 
 impl Worker for RngWorker {
@@ -219,7 +225,10 @@ fn fill(chain: Chain, memory: &GuestMemoryMmap) -> io::Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::device::{Activation, VirtioDevice};
+    use crate::devices::virtio::rng::{QUEUE_SIZES, RngDevice};
     use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
+    use virtio_queue::Queue;
     use virtio_queue::desc::RawDescriptor;
     use virtio_queue::desc::split::Descriptor;
     use virtio_queue::mock::MockSplitQueue;
@@ -303,5 +312,55 @@ mod tests {
         assert_eq!(budget.left, BYTES_PER_SECOND / 2);
         budget.refill(start + Duration::from_secs(1_000_000));
         assert_eq!(budget.left, BYTES_PER_SECOND);
+    }
+
+    #[test]
+    fn it_goes_on_after_a_pause_and_after_a_restore() {
+        let memory = memory();
+        let driver = MockSplitQueue::new(&memory, QUEUE_SIZES[0]);
+        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let activation = |queue: Queue| Activation {
+            memory: GuestMemory::new(memory.clone()),
+            queues: vec![Some(ActiveQueue {
+                queue,
+                kick: kick.try_clone().unwrap(),
+            })],
+            interrupt: Arc::new(Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())),
+            features: 1 << 32,
+        };
+        let mut device = RngDevice::new();
+        device
+            .activate(activation(driver.create_queue().unwrap()))
+            .unwrap();
+        assert!(device.save().is_err(), "a running device is not saved");
+        device.pause();
+        driver.add_desc_chains(&[buffer(0x8000, 64)], 0).unwrap();
+        assert_eq!(
+            driver.used().idx().load(),
+            0,
+            "nothing is served in a pause"
+        );
+        device.resume().unwrap();
+        device.pause();
+        assert_eq!(driver.used().idx().load(), 1);
+        let state = device.save().unwrap();
+
+        let mut again = RngDevice::new();
+        again.restore(state.clone()).unwrap();
+        let queues: Vec<Option<QueueSnapshot>> =
+            serde_json::from_value(state["queues"].clone()).unwrap();
+        let snapshot = queues[0].clone().unwrap();
+        assert_eq!((snapshot.next_avail, snapshot.next_used), (1, 1));
+        again
+            .activate(activation(Queue::try_from(&snapshot).unwrap()))
+            .unwrap();
+        again.pause();
+        assert_eq!(again.save().unwrap(), state);
+        assert_eq!(driver.used().idx().load(), 1, "nothing is served twice");
+        again.reset();
+
+        let mut other = state;
+        other["queues"][0]["max_size"] = 32.into();
+        assert!(again.restore(other).is_err());
     }
 }

@@ -9,7 +9,6 @@ use caisson_protocol::vm::VsockConfig;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::Queue;
 
 use super::counters::Counters;
 use super::host::{HostDir, HostSocket};
@@ -20,12 +19,10 @@ use super::timers::Timers;
 use super::worker::VsockWorker;
 use super::{Patience, VsockError};
 use crate::devices::virtio::device::{
-    ActivateError, Activation, ActiveQueue, Interrupt, SnapshotError, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, SnapshotError, VirtioDevice,
 };
-use crate::worker::WorkerThread;
+use crate::devices::virtio::service::Service;
 
-/// Name of the thread, as `ps` shows it.
-const THREAD_NAME: &str = "vsock";
 /// Largest sizes of the queues: rx, tx, event. Linux fills the rx queue with buffers of 4 KiB, so it costs memory.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
 /// VIRTIO_VSOCK_F_STREAM: stream sockets, and no others.
@@ -41,22 +38,9 @@ pub struct VsockDevice {
     socket: HostSocket,
     counters: Arc<Counters>,
     patience: Patience,
-    service: Service,
-    /// For a device whose thread was lost.
-    interrupt: Option<Arc<Interrupt>>,
+    service: Service<VsockWorker>,
     /// The guest is to be told that its streams are gone.
     reset_owed: bool,
-}
-
-/// Who has the queues.
-#[derive(Debug)]
-enum Service {
-    /// Nobody.
-    Idle,
-    /// The thread.
-    Running(WorkerThread<VsockWorker>),
-    /// The worker, between two threads.
-    Paused(Box<VsockWorker>),
 }
 
 impl VsockDevice {
@@ -76,8 +60,7 @@ impl VsockDevice {
             dir,
             counters: Arc::default(),
             patience: Patience::default(),
-            service: Service::Idle,
-            interrupt: None,
+            service: Service::default(),
             reset_owed: false,
         })
     }
@@ -126,34 +109,6 @@ impl VsockDevice {
             accept_later: false,
         })
     }
-
-    fn spawn(worker: VsockWorker) -> Result<Service, ActivateError> {
-        match WorkerThread::spawn(THREAD_NAME, worker) {
-            Ok(thread) => Ok(Service::Running(thread)),
-            Err(source) => Err(ActivateError::Host {
-                what: "vsock thread",
-                source,
-            }),
-        }
-    }
-
-    /// Takes the worker from its thread, if there is one.
-    fn stop(&mut self) -> Option<Box<VsockWorker>> {
-        match std::mem::replace(&mut self.service, Service::Idle) {
-            Service::Idle => None,
-            Service::Paused(worker) => Some(worker),
-            Service::Running(thread) => {
-                let worker = thread.stop();
-                if worker.is_none() {
-                    log::error!("the vsock thread was lost");
-                    if let Some(interrupt) = &self.interrupt {
-                        interrupt.needs_reset();
-                    }
-                }
-                worker.map(Box::new)
-            }
-        }
-    }
 }
 
 impl Drop for VsockDevice {
@@ -194,71 +149,45 @@ impl VirtioDevice for VsockDevice {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.reset();
         let interrupt = Arc::clone(&activation.interrupt);
-        self.service = Self::spawn(self.worker(activation)?)?;
-        self.interrupt = Some(interrupt);
+        let worker = self.worker(activation)?;
+        self.service.start(vec![worker], interrupt)?;
         self.reset_owed = false;
         Ok(())
     }
 
     fn reset(&mut self) {
-        drop(self.stop());
-        self.interrupt = None;
+        self.service.stop();
     }
 
     fn pause(&mut self) {
-        if let Some(worker) = self.stop() {
-            self.service = Service::Paused(worker);
-        }
+        self.service.pause();
     }
 
     fn resume(&mut self) -> Result<(), ActivateError> {
-        self.service = match std::mem::replace(&mut self.service, Service::Idle) {
-            Service::Paused(worker) => Self::spawn(*worker)?,
-            other @ (Service::Idle | Service::Running(_)) => other,
-        };
-        Ok(())
+        self.service.resume()
     }
 
     fn save(&self) -> Result<serde_json::Value, SnapshotError> {
-        let state = match &self.service {
-            Service::Running(_) => return Err(SnapshotError::NotPaused),
-            Service::Idle => VsockState {
-                active: false,
-                features: 0,
-                queues: Vec::new(),
-                transport_reset_owed: self.reset_owed,
-            },
-            Service::Paused(worker) => VsockState {
-                active: true,
-                features: worker.features,
-                queues: worker.queues(),
-                transport_reset_owed: worker.reset_owed,
-            },
-        };
-        Ok(serde_json::to_value(state)?)
+        let workers = self.service.paused()?;
+        let worker = workers.and_then(<[_]>::first);
+        Ok(serde_json::to_value(VsockState {
+            active: workers.is_some(),
+            features: worker.map_or(0, |worker| worker.features),
+            queues: self.service.snapshots(QUEUE_SIZES.len())?,
+            transport_reset_owed: worker.map_or(self.reset_owed, |worker| worker.reset_owed),
+        })?)
     }
 
     fn restore(&mut self, state: serde_json::Value) -> Result<(), SnapshotError> {
-        if !matches!(self.service, Service::Idle) {
-            return Err(SnapshotError::NotPaused);
-        }
         let state: VsockState = serde_json::from_value(state)?;
         let bad = |what: &str| Err(SnapshotError::BadState(format!("vsock: {what}")));
         if state.features & !self.features() != 0 {
             return bad("features that the device does not have");
         }
-        let queues = if state.active { QUEUE_SIZES.len() } else { 0 };
-        if state.queues.len() != queues {
-            return bad("wrong number of queues");
+        if state.active == state.queues.is_empty() {
+            return bad("queues of a device that is not active, or none of one that is");
         }
-        for (snapshot, max_size) in state.queues.iter().zip(QUEUE_SIZES) {
-            if let Some(snapshot) = snapshot {
-                Queue::try_from(snapshot)?;
-                if snapshot.max_size > max_size {
-                    return bad("a queue is larger than the device has");
-                }
-            }
-        }
+        self.service.check(&state.queues, &QUEUE_SIZES)?;
         self.reset_owed = state.active || state.transport_reset_owed;
         Ok(())
     }

@@ -22,6 +22,7 @@ use super::ring::{Ring, RingBroken};
 use super::to_guest::Served;
 use super::{MAX_RESETS, Patience};
 use crate::devices::virtio::device::{GuestMemory, Interrupt, QueueSnapshot};
+use crate::devices::virtio::service::QueueWorker;
 use crate::worker::{Poller, Worker};
 
 const RX: u64 = 0;
@@ -57,6 +58,20 @@ pub(super) struct VsockWorker {
     pub(super) listening: bool,
     /// Descriptors or memory ran out while accepting.
     pub(super) accept_later: bool,
+}
+
+impl QueueWorker for VsockWorker {
+    fn thread_name(&self) -> String {
+        "vsock".to_owned()
+    }
+
+    fn queues(&self) -> Vec<(usize, Option<QueueSnapshot>)> {
+        [&self.rx, &self.tx, &self.events]
+            .map(Ring::snapshot)
+            .into_iter()
+            .enumerate()
+            .collect()
+    }
 }
 
 impl Worker for VsockWorker {
@@ -134,13 +149,6 @@ impl VsockWorker {
             self.interrupt.needs_reset();
         }
         outcome
-    }
-
-    /// Registers and positions of the queues, in their order.
-    pub(super) fn queues(&self) -> Vec<Option<QueueSnapshot>> {
-        [&self.rx, &self.tx, &self.events]
-            .map(Ring::snapshot)
-            .to_vec()
     }
 
     fn take_packets(&mut self) -> Result<(), RingBroken> {

@@ -10,10 +10,12 @@
 //! | [`start`] | `run … true` and `exec … true` beside runc and crun |
 //! | [`stages`] | where the time of one start goes, up to the first output, and of its end |
 //! | [`memory`] | of the VMM and of an idle guest, and exits of an idle guest |
+//! | [`truth`] | how soon `state` says that a pod has ended of which a process was killed, and nothing is left |
 //!
 //! Whoever is compared takes turns, run by run, and the first turn of each, which warms caches, is not counted.
 
 mod boot;
+mod doomed;
 mod exits;
 mod memory;
 mod root;
@@ -21,6 +23,7 @@ mod setup;
 mod stages;
 mod start;
 mod trace;
+mod truth;
 mod vmm;
 
 use std::io::Write;
@@ -32,12 +35,13 @@ use caisson_testbed::bench::{Line, Sample};
 /// A part's name and what runs it.
 type Part = (&'static str, fn(&Bench) -> Result<()>);
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("boot", boot::measure),
     ("exits", exits::measure),
     ("start", start::measure),
     ("stages", stages::measure),
     ("memory", memory::measure),
+    ("truth", truth::measure),
 ];
 
 /// What every part needs.
@@ -89,6 +93,9 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
+    if std::process::id() == 1 {
+        return doomed::init();
+    }
     let (mut runs, mut chosen) = (10, Vec::new());
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {

@@ -95,10 +95,15 @@ impl Setup {
 
     /// A file in the state directory of a container, as JSON.
     pub(crate) fn state_file(&self, id: &str, name: &str) -> Result<serde_json::Value> {
-        let path = Path::new(STATE).join(id).join(name);
+        let path = state_path(id, name);
         let text = fs::read(&path).with_context(|| format!("failed to read {}", path.display()))?;
         Ok(serde_json::from_slice(&text)?)
     }
+}
+
+/// Where a file in the state directory of a container is; with an empty name, the directory.
+pub(crate) fn state_path(id: &str, name: &str) -> PathBuf {
+    Path::new(STATE).join(id).join(name)
 }
 
 /// Runs a program to its end and gives back its stdout.
@@ -148,11 +153,16 @@ impl<'a> Container<'a> {
         ensure!(status.success(), "{runtime} run ended with {status}");
         Ok(Self { runtime, id })
     }
+
+    /// Deletes it by force.
+    pub(crate) fn delete(&self) -> Result<()> {
+        output(Command::new(self.runtime).args(["delete", "--force", self.id])).map(drop)
+    }
 }
 
 impl Drop for Container<'_> {
     fn drop(&mut self) {
-        // What is left of it is gone with the testbed.
-        let _ = output(Command::new(self.runtime).args(["delete", "--force", self.id]));
+        // It may be deleted already; what is left of it is gone with the testbed.
+        let _ = self.delete();
     }
 }

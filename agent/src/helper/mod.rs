@@ -9,6 +9,7 @@
 //! account of it. Nothing is written to the container's streams.
 
 pub(crate) mod channel;
+mod environment;
 mod program;
 
 use std::fs;
@@ -99,7 +100,7 @@ pub(crate) fn run() -> ExitCode {
 
 fn make(channel: &Rc<OwnedFd>) -> Result<i32, HelperError> {
     let (request, stdio) = receive_request(channel).map_err(HelperError::Request)?;
-    let spec = Spec::load(request.directory.join(SPEC_FILE)).map_err(HelperError::Spec)?;
+    let mut spec = Spec::load(request.directory.join(SPEC_FILE)).map_err(HelperError::Spec)?;
     Validator::validate_spec(&spec).map_err(HelperError::InvalidSpec)?;
     prepare(&spec).map_err(HelperError::Prepare)?;
     let listener = NotifyListener::new(&request.directory.join(START_SOCKET))
@@ -109,6 +110,7 @@ fn make(channel: &Rc<OwnedFd>) -> Result<i32, HelperError> {
         true => Some(channel.try_clone().map_err(HelperError::Prepare)?),
         false => None,
     };
+    let environment = environment::reserve_home(&mut spec);
     let [stdin, stdout, stderr] = stdio.map(|fd| Some(fd_for_libcontainer(fd)));
     let arguments = ContainerArgs {
         container_type,
@@ -125,9 +127,7 @@ fn make(channel: &Rc<OwnedFd>) -> Result<i32, HelperError> {
             container_name: request.name,
         },
         detached: true,
-        executor: Box::new(Program {
-            channel: channel.clone(),
-        }),
+        executor: Box::new(Program::new(channel.clone(), environment)),
         no_pivot: false,
         stdin,
         stdout,

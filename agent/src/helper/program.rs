@@ -3,26 +3,34 @@
 //! The last steps of a container's process: find its program, execute it. What fails here is told on the
 //! helper's channel as what it is; runc's words are kept, since clients look for them.
 
-use std::collections::HashSet;
-use std::ffi::{CString, OsString};
+use std::cell::OnceCell;
+use std::collections::HashMap;
+use std::ffi::CString;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
 use nix::errno::Errno;
 use oci_spec::runtime::{Process, Spec};
 
 use super::channel::{FailureKind, Report, bounded, send_report};
+use super::environment;
 use crate::sys;
 
 /// What libcontainer calls when the process is otherwise complete.
 #[derive(Debug, Clone)]
 pub(crate) struct Program {
     /// Where failures are told. Closed by the execution.
-    pub(crate) channel: Rc<OwnedFd>,
+    channel: Rc<OwnedFd>,
+    /// As configured.
+    environment: Vec<String>,
+    /// What the program was found to be when the process was made: as with runc, that is executed.
+    found: OnceCell<PathBuf>,
 }
 
 /// Why a program was not found or not executed.
@@ -40,6 +48,15 @@ impl ProgramError {
 }
 
 impl Program {
+    /// The program that the specification names, with this environment.
+    pub(crate) fn new(channel: Rc<OwnedFd>, environment: Vec<String>) -> Self {
+        Self {
+            channel,
+            environment,
+            found: OnceCell::new(),
+        }
+    }
+
     fn tell(&self, error: &ProgramError) {
         let report = Report::Failed {
             kind: error.kind,
@@ -47,18 +64,65 @@ impl Program {
         };
         send_report(self.channel.as_ref(), &report);
     }
+
+    /// Becomes the program; returns only with why not.
+    fn execute(&self, process: Option<&Process>) -> ProgramError {
+        let prepared = arguments(process).and_then(|(process, arguments, _)| {
+            let path = match self.found.get() {
+                Some(path) => path.clone(),
+                None => find(Some(process))?,
+            };
+            let arguments = arguments
+                .iter()
+                .map(|argument| argument.as_bytes().to_vec());
+            let home = || environment::home(process.user().uid());
+            let environment = environment::complete(&self.environment, home);
+            let program = c_strings([path.as_os_str().as_bytes().to_vec()])?.remove(0);
+            Ok((
+                path,
+                program,
+                c_strings(arguments)?,
+                c_strings(environment)?,
+            ))
+        });
+        let (path, program, arguments, environment) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return error,
+        };
+        // A program that is told of a closed pipe by an error alone is a lesser evil than none.
+        let _ = sys::default_sigpipe();
+        let Err(errno) = nix::unistd::execve(&program, &arguments, &environment);
+        let kind = match errno {
+            // The interpreter of a script, or a library's loader, is missing.
+            Errno::ENOENT | Errno::ENOTDIR => FailureKind::CommandNotFound,
+            _ => FailureKind::CommandNotExecutable,
+        };
+        let reason = errno.desc().to_lowercase();
+        ProgramError::new(kind, format!("exec {}: {reason}", path.display()))
+    }
 }
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        find(spec.process().as_ref()).map(drop).map_err(|error| {
-            self.tell(&error);
-            ExecutorValidationError::ArgValidationError(error.message)
-        })
+        match find(spec.process().as_ref()) {
+            Ok(path) => {
+                self.found.get_or_init(|| path);
+                Ok(())
+            }
+            Err(error) => {
+                self.tell(&error);
+                Err(ExecutorValidationError::ArgValidationError(error.message))
+            }
+        }
+    }
+
+    /// None: this process's own environment is nobody's.
+    fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        Ok(())
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let error = execute(spec.process().as_ref());
+        let error = self.execute(spec.process().as_ref());
         self.tell(&error);
         let status = match error.kind {
             FailureKind::CommandNotFound => 127,
@@ -137,62 +201,6 @@ fn text(error: &std::io::Error) -> String {
     errno.desc().to_lowercase()
 }
 
-/// Becomes the program; returns only with why not.
-fn execute(process: Option<&Process>) -> ProgramError {
-    let prepared = find(process).and_then(|path| {
-        let (process, arguments, _) = arguments(process)?;
-        let arguments = c_strings(
-            arguments
-                .iter()
-                .map(|argument| argument.as_bytes().to_vec()),
-        )?;
-        let environment = process.env().as_deref().unwrap_or_default();
-        let set_up = std::env::vars_os().collect();
-        let environment = c_strings(merge(environment, set_up))?;
-        let program = c_strings([path.as_os_str().as_bytes().to_vec()])?.remove(0);
-        Ok((path, program, arguments, environment))
-    });
-    let (path, program, arguments, environment) = match prepared {
-        Ok(prepared) => prepared,
-        Err(error) => return error,
-    };
-    // A program that is told of a closed pipe by an error alone is a lesser evil than none.
-    let _ = sys::default_sigpipe();
-    let Err(errno) = nix::unistd::execve(&program, &arguments, &environment);
-    let kind = match errno {
-        // The interpreter of a script, or a library's loader, is missing.
-        Errno::ENOENT | Errno::ENOTDIR => FailureKind::CommandNotFound,
-        _ => FailureKind::CommandNotExecutable,
-    };
-    let reason = errno.desc().to_lowercase();
-    ProgramError::new(kind, format!("exec {}: {reason}", path.display()))
-}
-
-/// The environment in the order of the configuration, the last of equal names winning, and then what was
-/// set up besides (`HOME`).
-fn merge(configured: &[String], set_up: Vec<(OsString, OsString)>) -> Vec<Vec<u8>> {
-    let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
-    let mut seen = HashSet::new();
-    let mut entries: Vec<Vec<u8>> = configured
-        .iter()
-        .rev()
-        .filter(|entry| seen.insert(OsString::from(name(entry))))
-        .map(|entry| entry.as_bytes().to_vec())
-        .collect();
-    entries.reverse();
-    for (name, value) in set_up {
-        if !seen.contains(&name) {
-            let entry = [name.as_bytes(), b"=", value.as_bytes()].concat();
-            entries.push(entry);
-        } else if name == "HOME" && entries.iter().any(|entry| entry == b"HOME=") {
-            // An empty HOME is one that is not set.
-            entries.retain(|entry| entry != b"HOME=");
-            entries.push([b"HOME=", value.into_vec().as_slice()].concat());
-        }
-    }
-    entries
-}
-
 fn c_strings(texts: impl IntoIterator<Item = Vec<u8>>) -> Result<Vec<CString>, ProgramError> {
     let convert = |text| {
         CString::new(text).map_err(|_| {
@@ -259,17 +267,6 @@ mod tests {
         let empty = ProcessBuilder::default().args(Vec::new()).build().unwrap();
         assert!(find(Some(&empty)).is_err());
         assert!(find(None).is_err());
-    }
-
-    #[test]
-    fn the_environment_keeps_its_order_and_gains_a_home() {
-        let strings = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
-        let home = vec![("HOME".into(), "/root".into()), ("B".into(), "3".into())];
-        let merged = merge(&strings(&["B=1", "A=2", "B=3"]), home);
-        let merged: Vec<_> = merged.iter().map(|e| String::from_utf8_lossy(e)).collect();
-        assert_eq!(merged, ["A=2", "B=3", "HOME=/root"]);
-        let home = vec![("HOME".into(), "/root".into())];
-        assert_eq!(merge(&strings(&["HOME="]), home), [b"HOME=/root".to_vec()]);
     }
 
     #[test]

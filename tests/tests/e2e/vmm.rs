@@ -133,7 +133,7 @@ fn random(path: &Path, mib: usize) {
 /// A sparse file with an ext4 file system.
 fn ext4(path: &Path) {
     let file = fs::File::create(path).unwrap();
-    file.set_len(256 << 20).unwrap();
+    file.set_len(512 << 20).unwrap();
     let made = Command::new("mkfs.ext4").arg("-q").arg(path).status();
     assert!(made.unwrap().success());
 }
@@ -152,7 +152,7 @@ fn kib(path: &Path) -> u64 {
 fn a_disk_keeps_what_a_guest_writes_and_gives_back_what_it_discards() {
     let dir = tempfile::TempDir::new().unwrap();
     let (data, seed) = (dir.path().join("data"), dir.path().join("seed"));
-    let mib = count("MiB through disks", 16, 128);
+    let mib = count("MiB through disks", 16, 48);
     ext4(&data);
     random(&seed, mib);
     let before = kib(&data);

@@ -38,6 +38,9 @@ pub(crate) struct Bench {
     /// Also put the tables and the picture into docs/; only with all parts
     #[arg(long, conflicts_with = "parts")]
     docs: bool,
+    /// Also measure this Firecracker program (a release build, static) in the parts boot, exits and memory
+    #[arg(long, value_name = "FILE")]
+    firecracker: Option<PathBuf>,
     /// Use what `install --destdir DIR` made before, instead of building
     #[arg(long, value_name = "DIR")]
     installed: Option<PathBuf>,
@@ -96,12 +99,17 @@ impl Bench {
             path: "/bench".to_owned(),
             read_only: true,
         });
-        let testbed = Testbed::start(&options)?;
         let mut argv = vec![
             "/bench/caisson-bench".to_owned(),
             "--runs".to_owned(),
             self.runs.to_string(),
         ];
+        if let Some(file) = &self.firecracker {
+            let (share, path) = shared(file)?;
+            options.shares.push(share);
+            argv.extend(["--firecracker".to_owned(), path]);
+        }
+        let testbed = Testbed::start(&options)?;
         argv.extend(self.parts.iter().cloned());
         say(&format!(
             "measuring in the testbed, {} times each (some minutes)",
@@ -132,6 +140,21 @@ impl Bench {
         testbed.shutdown();
         String::from_utf8(text).context("caisson-bench wrote something else than text")
     }
+}
+
+/// The directory of a program, to be shared, and the program's path in the testbed.
+fn shared(file: &Path) -> Result<(Share, String)> {
+    const PLACE: &str = "/firecracker";
+    let file = fs::canonicalize(file).with_context(|| format!("no {}", file.display()))?;
+    let name = file.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} has no plain name", file.display()))?;
+    let dir = file.parent().context("a program has no directory")?;
+    let share = Share {
+        dir: dir.to_owned(),
+        path: PLACE.to_owned(),
+        read_only: true,
+    };
+    Ok((share, format!("{PLACE}/{name}")))
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

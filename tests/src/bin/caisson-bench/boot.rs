@@ -14,7 +14,7 @@ pub(crate) const MEMORY_MIB: u64 = 128;
 pub(crate) fn measure(bench: &Bench) -> Result<()> {
     let guest = Guest::new(&bench.setup, MEMORY_MIB)?;
     for run in 0..=bench.runs {
-        for monitor in Monitor::ALL {
+        for monitor in Monitor::all(&bench.setup) {
             let boot = boot(&guest, monitor).with_context(|| monitor.name())?;
             if let Some(run) = run.checked_sub(1) {
                 let of = Of {

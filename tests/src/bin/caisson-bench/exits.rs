@@ -16,7 +16,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<()> {
     let guest = Guest::new(&bench.setup, MEMORY_MIB)?;
     let bundle = bench.setup.bundle("true", &["true"])?;
     for run in 0..bench.runs {
-        for monitor in Monitor::ALL {
+        for monitor in Monitor::all(&bench.setup) {
             let events = until_init(&guest, monitor).with_context(|| monitor.name())?;
             tell(monitor.name(), run, &events)?;
         }

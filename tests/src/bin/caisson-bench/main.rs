@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `caisson-bench [--runs N] [PART]…`: measures in the testbed, and writes a JSON line per measurement to stdout
+//! `caisson-bench [--runs N] [--firecracker PATH] [PART]…`: measures in the testbed, and writes a JSON line per measurement to stdout
 //! ([`caisson_testbed::bench`]). `cargo xtask bench` runs it and makes tables of what it says.
 //!
 //! | part | what |
 //! |---|---|
-//! | [`boot`] | from the VMM's exec to the guest's init, beside QEMU's microvm with the same kernel and initramfs |
+//! | [`boot`] | from the VMM's exec to the guest's init, beside QEMU's microvm, and Firecracker if it is given, with the same kernel and initramfs |
 //! | [`exits`] | KVM exits by reason until then, and of a whole `run` |
 //! | [`start`] | `run … true` and `exec … true` beside runc and crun |
 //! | [`stages`] | where the time of one start goes, up to the first output, and of its end |
@@ -27,6 +27,7 @@ mod truth;
 mod vmm;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -43,6 +44,46 @@ const PARTS: [Part; 6] = [
     ("memory", memory::measure),
     ("truth", truth::measure),
 ];
+
+/// What the command line says.
+#[derive(Debug)]
+struct Arguments {
+    runs: u32,
+    firecracker: Option<PathBuf>,
+    parts: Vec<Part>,
+}
+
+impl Arguments {
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Self> {
+        let (mut runs, mut firecracker, mut parts) = (10, None, Vec::new());
+        while let Some(word) = words.next() {
+            match word.as_str() {
+                "--runs" => {
+                    let value = words.next().context("--runs needs a value")?;
+                    runs = value
+                        .parse()
+                        .with_context(|| format!("{value:?} is no number of runs"))?;
+                }
+                "--firecracker" => {
+                    let value = words.next().context("--firecracker needs a value")?;
+                    firecracker = Some(PathBuf::from(value));
+                }
+                name => match PARTS.iter().find(|(part, _)| *part == name) {
+                    Some(part) => parts.push(*part),
+                    None => bail!("there is no part {name:?}"),
+                },
+            }
+        }
+        if parts.is_empty() {
+            parts.extend(PARTS);
+        }
+        Ok(Self {
+            runs,
+            firecracker,
+            parts,
+        })
+    }
+}
 
 /// What every part needs.
 #[derive(Debug)]
@@ -96,37 +137,51 @@ fn run() -> Result<()> {
     if std::process::id() == 1 {
         return doomed::init();
     }
-    let (mut runs, mut chosen) = (10, Vec::new());
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--runs" => {
-                let value = arguments.next().context("--runs needs a value")?;
-                runs = value
-                    .parse()
-                    .with_context(|| format!("{value:?} is no number of runs"))?;
-            }
-            name => match PARTS.iter().find(|(part, _)| *part == name) {
-                Some(part) => chosen.push(*part),
-                None => bail!("there is no part {name:?}"),
-            },
-        }
-    }
-    if chosen.is_empty() {
-        chosen.extend(PARTS);
-    }
-    root::enter()?;
+    let arguments = Arguments::parse(std::env::args().skip(1))?;
+    root::enter(arguments.firecracker.as_deref())?;
     let bench = Bench {
-        runs,
-        setup: setup::Setup::new()?,
+        runs: arguments.runs,
+        setup: setup::Setup::new(arguments.firecracker)?,
     };
     for (name, value) in bench.setup.facts()? {
         tell(&Line::Fact { name, value })?;
     }
-    for (name, measure) in chosen {
+    for (name, measure) in arguments.parts {
         // For whoever waits; that nobody does stops no measurement.
         let _ = std::io::stderr().write_all(format!("measuring: {name}\n").as_bytes());
         measure(&bench).with_context(|| format!("part {name}"))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Arguments> {
+        Arguments::parse(words.iter().map(|word| (*word).to_owned()))
+    }
+
+    #[test]
+    fn without_arguments_all_is_measured_and_of_monitors_those_that_the_testbed_has() {
+        let all = parse(&[]).unwrap();
+        assert_eq!((all.runs, all.parts.len()), (10, PARTS.len()));
+        assert_eq!(all.firecracker, None);
+    }
+
+    #[test]
+    fn arguments_are_taken_and_wrong_ones_refused() {
+        let some = parse(&["boot", "--firecracker", "/f", "--runs", "3", "exits"]).unwrap();
+        let names: Vec<&str> = some.parts.iter().map(|(name, _)| *name).collect();
+        assert_eq!((some.runs, names), (3, vec!["boot", "exits"]));
+        assert_eq!(some.firecracker, Some("/f".into()));
+        for wrong in [
+            &["--runs"][..],
+            &["--runs", "x"],
+            &["--firecracker"],
+            &["bot"],
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
 }

@@ -47,7 +47,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<()> {
                 .filter(|event| matches!(event, Event::Exit { .. }));
             of.tell("exits of 10 s", u64::try_from(exits.count())?)?;
         }
-        for monitor in Monitor::ALL {
+        for monitor in Monitor::all(&bench.setup) {
             let mut trace = Trace::start(Exits::OfUserSpace)?;
             let vmm = guest.start(monitor)?;
             trace.until_init()?;

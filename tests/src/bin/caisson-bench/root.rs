@@ -50,8 +50,8 @@ const LINKS: [(&str, &str); 4] = [
     ("lib64", "usr/lib64"),
 ];
 
-/// Goes on in a root in memory, as a new process image; returns there.
-pub(crate) fn enter() -> Result<()> {
+/// Goes on in a root in memory, as a new process image; returns there. `firecracker` is one more program that runs.
+pub(crate) fn enter(firecracker: Option<&Path>) -> Result<()> {
     if std::env::var_os(INSIDE).is_some() {
         return Ok(());
     }
@@ -59,7 +59,7 @@ pub(crate) fn enter() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).context("failed to make a mount namespace")?;
     change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
     tmpfs(PLACE)?;
-    fill(&this)?;
+    fill(&this, firecracker)?;
     for dir in ["dev", "proc", "sys"] {
         let to = Path::new(PLACE).join(dir);
         fs::create_dir(&to).with_context(|| format!("failed to make {}", to.display()))?;
@@ -79,7 +79,7 @@ pub(crate) fn enter() -> Result<()> {
     Err(error).with_context(|| format!("failed to run {}", this.display()))
 }
 
-fn fill(this: &Path) -> Result<()> {
+fn fill(this: &Path, firecracker: Option<&Path>) -> Result<()> {
     let root = Path::new(PLACE);
     for dir in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc"] {
         fs::create_dir_all(root.join(dir)).context("failed to make a directory")?;
@@ -94,6 +94,7 @@ fn fill(this: &Path) -> Result<()> {
     let mut files: Vec<OsString> = DATA.iter().map(Into::into).collect();
     files.extend([images.kernel.into(), images.initramfs.into()]);
     let mut programs = vec![this.to_owned(), images.vmm];
+    programs.extend(firecracker.map(Path::to_owned));
     for name in PROGRAMS {
         programs.push(find(name)?);
     }

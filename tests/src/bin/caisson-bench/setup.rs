@@ -39,11 +39,14 @@ impl Images {
 pub(crate) struct Setup {
     dir: tempfile::TempDir,
     pub(crate) images: Images,
+    /// Firecracker's program, if it is to be measured, too.
+    pub(crate) firecracker: Option<PathBuf>,
 }
 
 impl Setup {
-    pub(crate) fn new() -> Result<Self> {
+    pub(crate) fn new(firecracker: Option<PathBuf>) -> Result<Self> {
         Ok(Self {
+            firecracker,
             images: Images::configured()?,
             dir: tempfile::tempdir().context("failed to make a directory")?,
         })
@@ -57,10 +60,17 @@ impl Setup {
     /// What is measured with, and its version.
     pub(crate) fn facts(&self) -> Result<Vec<(String, String)>> {
         let mut facts = Vec::new();
-        for program in ["caisson", "runc", "crun", "qemu-system-x86_64"] {
+        let programs = ["caisson", "runc", "crun", "qemu-system-x86_64"];
+        let mut programs: Vec<_> = programs.map(|name| (name, Path::new(name))).into();
+        programs.extend(
+            self.firecracker
+                .as_deref()
+                .map(|path| ("firecracker", path)),
+        );
+        for (name, program) in programs {
             let version = output(Command::new(program).arg("--version"))?;
             let line = version.lines().next().unwrap_or_default().to_owned();
-            facts.push((program.to_owned(), line));
+            facts.push((name.to_owned(), line));
         }
         for (name, path) in [
             ("vmlinux", &self.images.kernel),

@@ -17,22 +17,29 @@ use crate::setup::{self, Setup};
 pub(crate) enum Monitor {
     Caisson,
     Qemu,
+    Firecracker,
 }
 
 impl Monitor {
-    /// Both, in the order of their turns.
-    pub(crate) const ALL: [Self; 2] = [Self::Caisson, Self::Qemu];
+    /// Those that are there, in the order of their turns: Firecracker, which Debian does not have, only where its
+    /// program was given.
+    pub(crate) fn all(setup: &Setup) -> Vec<Self> {
+        let mut all = vec![Self::Caisson, Self::Qemu];
+        all.extend(setup.firecracker.as_ref().map(|_| Self::Firecracker));
+        all
+    }
 
     /// What it is called in tables.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Caisson => "caisson-vmm",
             Self::Qemu => "qemu microvm",
+            Self::Firecracker => "firecracker",
         }
     }
 }
 
-/// What both boot.
+/// What all boot.
 #[derive(Debug)]
 pub(crate) struct Guest<'a> {
     setup: &'a Setup,
@@ -102,6 +109,7 @@ impl<'a> Guest<'a> {
         let (mut command, stdin) = match monitor {
             Monitor::Caisson => self.caisson(dir.path())?,
             Monitor::Qemu => (self.qemu(), Stdio::null()),
+            Monitor::Firecracker => (self.firecracker(dir.path())?, Stdio::null()),
         };
         let log = dir.path().join("log");
         let log =
@@ -172,5 +180,27 @@ impl<'a> Guest<'a> {
         command.args(["-device", "virtio-rng-device"]);
         command.args(["-device", "vhost-vsock-device,guest-cid=4"]);
         command
+    }
+    /// With its system call filters on, as it comes. It adds the words for its devices to the command line by itself.
+    /// It has neither a virtio console (its serial port is there always) nor a file system.
+    fn firecracker(&self, dir: &Path) -> Result<Command> {
+        let program = self.setup.firecracker.as_ref();
+        let config = json!({
+            "boot-source": {
+                "kernel_image_path": self.setup.images.kernel,
+                "initrd_path": self.setup.images.initramfs,
+                "boot_args": self.cmdline,
+            },
+            "drives": [],
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": self.memory_mib },
+            "vsock": { "guest_cid": 3, "uds_path": dir.join("vsock.sock") },
+            "entropy": {},
+        });
+        let file = dir.join("firecracker.json");
+        std::fs::write(&file, config.to_string())
+            .with_context(|| format!("failed to write {}", file.display()))?;
+        let mut command = Command::new(program.context("no firecracker was given")?);
+        command.args(["--no-api", "--config-file"]).arg(file);
+        Ok(command)
     }
 }

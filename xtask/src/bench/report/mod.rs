@@ -102,7 +102,7 @@ impl Report {
 mod tests {
     use super::*;
 
-    fn sample(part: &str, subject: &str, metric: &str, value: u64) -> Line {
+    pub(super) fn sample(part: &str, subject: &str, metric: &str, value: u64) -> Line {
         Line::Sample(Sample {
             part: part.to_owned(),
             subject: subject.to_owned(),

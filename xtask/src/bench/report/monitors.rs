@@ -12,11 +12,18 @@ impl Report {
     /// From exec to init, each VMM.
     pub(super) fn boot(&self) -> Option<String> {
         let ours = self.stats("boot", "caisson-vmm", "exec_to_init_ns")?;
-        let mut text = "## VMM exec to guest init\n\n\
+        let firecracker = match self.stats("boot", "firecracker", "exec_to_init_ns") {
+            Some(_) => {
+                " Firecracker has vsock, entropy and a serial port, and its system call filters on."
+            }
+            None => "",
+        };
+        let mut text = format!(
+            "## VMM exec to guest init\n\n\
             The same kernel, initramfs and command line, 128 MiB, one vCPU. caisson-vmm has vsock, file system, console and entropy \
-            devices; QEMU's machine the same without a file system, and everything else off. Virtual ms.\n\n\
+            devices; QEMU's machine the same without a file system, and everything else off.{firecracker} Virtual ms.\n\n\
             | | exec to first KVM_RUN | first KVM_RUN to init | exec to init | of caisson-vmm |\n|---|---|---|---|---|\n"
-            .to_owned();
+        );
         for subject in self.subjects("boot") {
             let show = |metric| self.cell("boot", subject, metric, MS, 1);
             let whole = self.stats("boot", subject, "exec_to_init_ns")?;

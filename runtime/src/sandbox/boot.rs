@@ -16,6 +16,7 @@ use rustix::process::getpid;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use super::END_LIMIT;
 use super::signals::SIGWINCH;
 use super::store::StateDir;
 use crate::bundle::plan::Plan;
@@ -91,8 +92,8 @@ pub(super) async fn wait_ready(
     signals: &mut UnboundedReceiver<i32>,
 ) -> Result<(), RuntimeError> {
     let limit = plan.timeouts.boot();
-    tokio::select! {
-        ready = greeting(listener) => ready,
+    let greeted = tokio::select! {
+        greeted = greeting(listener) => greeted,
         end = vm.ended() => Err(ended(stage(vm), &end).into()),
         signal = terminating(signals) => Err(BootError::Interrupted(signal).into()),
         () = tokio::time::sleep(limit) => Err(BootError::Timeout {
@@ -100,6 +101,24 @@ pub(super) async fn wait_ready(
             limit_ms: plan.timeouts.boot_ms,
             console: console_tail(state).await,
         }.into()),
+    };
+    match greeted {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            let stage = stage(vm);
+            Err(explain(vm, stage, error).await)
+        }
+    }
+}
+
+/// A broken connection is most often the VM's end, which says more.
+pub(super) async fn explain(vm: &mut Vm, stage: &'static str, error: RuntimeError) -> RuntimeError {
+    if !matches!(&error, RuntimeError::Guest(error) if error.is_lost_connection()) {
+        return error;
+    }
+    match tokio::time::timeout(END_LIMIT, vm.ended()).await {
+        Ok(end) => ended(stage, &end).into(),
+        Err(_) => error,
     }
 }
 

@@ -203,7 +203,7 @@ async fn make(
     };
     let (guest, outputs) = match built {
         Some(Ok(built)) => built,
-        Some(Err(error)) => return Err(explain(&mut vm, error).await),
+        Some(Err(error)) => return Err(boot::explain(&mut vm, BUILDING, error).await),
         None => return Err(OrderError::NotRunning.into()),
     };
     seal_rootfs(state, plan, vmm, &log)?;
@@ -229,17 +229,6 @@ async fn make(
         signals,
         plan: plan.clone(),
     })
-}
-
-/// A broken connection is most often the VM's end, which says more.
-async fn explain(vm: &mut Vm, error: RuntimeError) -> RuntimeError {
-    if !matches!(&error, RuntimeError::Guest(error) if error.is_lost_connection()) {
-        return error;
-    }
-    match tokio::time::timeout(END_LIMIT, vm.ended()).await {
-        Ok(end) => boot::ended(BUILDING, &end).into(),
-        Err(_) => error,
-    }
 }
 
 fn open_console(plan: &Plan, request: &MonitorRequest) -> Result<Option<Console>, RuntimeError> {

@@ -219,28 +219,48 @@ fn a_kernel_that_panics_at_boot_is_quoted_and_no_time_limit_waited_for() {
 #[test]
 fn an_agent_of_another_protocol_version() {
     // PID 1 of another release: it dials the host as ours does, and says another version.
-    let source = r#"
+    let change = agent_that(
+        r#"const char *line = "{\"protocol_version\":99,\"agent_version\":\"9.9\"}\n";
+           if (write(fd, line, strlen(line)) < 0)
+               return 1;
+           for (;;)
+               pause();"#,
+    );
+    refused_with(&change.1, &["protocol", "99"]);
+}
+
+#[test]
+fn an_agent_that_dies_before_it_greets() {
+    // Its connection ends a moment before its machine does, whose end says more.
+    let change = agent_that("close(fd); usleep(300000); return 7;");
+    refused_with(&change.1, &["Attempted to kill init! exitcode=0x00000700"]);
+}
+
+/// The change of the configuration for a guest whose PID 1 dials the host as the agent does, and then does this with
+/// `fd`; and the directory that it is in.
+fn agent_that(code: &str) -> (tempfile::TempDir, String) {
+    let source = format!(
+        r#"
 #include <linux/vm_sockets.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
-int main(void) {
-    const char *line = "{\"protocol_version\":99,\"agent_version\":\"9.9\"}\n";
-    struct sockaddr_vm to = {.svm_family = AF_VSOCK, .svm_cid = 2, .svm_port = 1024};
+int main(void) {{
+    struct sockaddr_vm to = {{.svm_family = AF_VSOCK, .svm_cid = 2, .svm_port = 1024}};
     int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
-    if (connect(fd, (struct sockaddr *)&to, sizeof to) || write(fd, line, strlen(line)) < 0)
+    if (connect(fd, (struct sockaddr *)&to, sizeof to))
         return 1;
-    for (;;)
-        pause();
-}
-"#;
+    {code}
+}}
+"#
+    );
     let dir = tempfile::TempDir::new().unwrap();
     let path = dir.path().join("initramfs");
-    let mut archive = newc("init", 0o100_755, &compiled(source));
+    let mut archive = newc("init", 0o100_755, &compiled(&source));
     archive.extend(newc("TRAILER!!!", 0, b""));
     fs::write(&path, archive).unwrap();
     let change = format!("[vm]\ninitramfs = {:?}\n", path.to_str().unwrap());
-    refused_with(&change, &["protocol", "99"]);
+    (dir, change)
 }
 
 #[test]

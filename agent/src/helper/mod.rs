@@ -52,7 +52,9 @@ enum HelperError {
     #[error("failed to prepare the helper")]
     Prepare(#[source] io::Error),
     #[error("failed to read the specification")]
-    Spec(#[source] oci_spec::OciSpecError),
+    Spec(#[source] io::Error),
+    #[error("failed to parse the specification")]
+    Json(#[source] serde_json::Error),
     #[error("invalid specification")]
     InvalidSpec(#[source] ErrInvalidSpec),
     #[error("invalid user namespace in the specification")]
@@ -100,7 +102,9 @@ pub(crate) fn run() -> ExitCode {
 
 fn make(channel: &Rc<OwnedFd>) -> Result<i32, HelperError> {
     let (request, stdio) = receive_request(channel).map_err(HelperError::Request)?;
-    let mut spec = Spec::load(request.directory.join(SPEC_FILE)).map_err(HelperError::Spec)?;
+    // As the agent parses it: `Spec::load` would have all of the parser in the program once more.
+    let json = fs::read(request.directory.join(SPEC_FILE)).map_err(HelperError::Spec)?;
+    let mut spec: Spec = serde_json::from_slice(&json).map_err(HelperError::Json)?;
     Validator::validate_spec(&spec).map_err(HelperError::InvalidSpec)?;
     prepare(&spec).map_err(HelperError::Prepare)?;
     let listener = NotifyListener::new(&request.directory.join(START_SOCKET))

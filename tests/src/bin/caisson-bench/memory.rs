@@ -17,7 +17,7 @@ use crate::{Bench, Of};
 const SIZES: [u64; 2] = [128, 512];
 const ID: &str = "bench-memory";
 /// A guest is idle after this.
-const SETTLE: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_secs(60);
 /// How long an idle guest's exits are counted.
 const IDLE: Duration = Duration::from_secs(10);
 

@@ -77,7 +77,7 @@ impl Report {
     pub(super) fn memory(&self) -> Option<String> {
         let subjects = self.subjects("memory");
         subjects.first()?;
-        let mut text = "## Memory\n\nFrom `/proc/PID/smaps` of the VMM, KiB. `caisson, N MiB` is a pod with a sleeping container, five seconds \
+        let mut text = "## Memory\n\nFrom `/proc/PID/smaps` of the VMM, KiB. `caisson, N MiB` is a pod with a sleeping container, a minute \
             after its start; the guest's pages are counted as the host has them (2 MiB each where it takes huge pages).\n\n\
             | | guest pages touched | of them private | VMM's own, private | VMM's own, PSS | exits in 10 s idle |\n|---|---|---|---|---|---|\n"
             .to_owned();

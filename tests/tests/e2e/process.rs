@@ -88,6 +88,18 @@ fn no_new_privileges_is_as_asked() {
 }
 
 #[test]
+fn the_home_of_a_user_is_what_the_containers_passwd_says() {
+    for (uid, home) in [(1000, "/home/one"), (2000, "/")] {
+        let bundle = Bundle::sh("echo $HOME").edit(|spec| {
+            spec["process"]["user"] = json!({"uid": uid, "gid": 100});
+        });
+        let passwd = "one:x:1000:100::/home/one:/bin/sh\n";
+        std::fs::write(bundle.root("etc/passwd"), passwd).unwrap();
+        assert_eq!(bundle.stdout(), format!("{home}\n"));
+    }
+}
+
+#[test]
 fn hostname_and_its_namespace() {
     let bundle = Bundle::sh("hostname; uname -n").edit(|spec| spec["hostname"] = json!("a-name"));
     assert_eq!(bundle.stdout(), "a-name\na-name\n");

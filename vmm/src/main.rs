@@ -38,6 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn run(config: ConfigSource, status: Option<i32>, die_with_parent: bool, exec_ns: u64) -> ExitCode {
+    sys::reserve_descriptors();
     if die_with_parent {
         let parent = getppid();
         if let Err(error) = prctl::set_pdeathsig(Signal::SIGKILL) {

@@ -12,6 +12,7 @@ mod timeline;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use caisson_testbed::bench::Line;
@@ -22,6 +23,9 @@ use crate::build::{Build, Kind, Profile};
 use crate::install::{self, Stage};
 use crate::{build, print, say, tree};
 use report::Report;
+
+/// A measurement takes seconds. Who says nothing for so long stands still (docs/status.md).
+const STILL: Duration = Duration::from_secs(300);
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
@@ -119,7 +123,10 @@ impl Bench {
         drop(running.take_stdin());
         let mut text = Vec::new();
         loop {
-            match running.next_event()? {
+            let event = running
+                .next_event_within(STILL)
+                .with_context(|| format!("nothing was measured for {} s", STILL.as_secs()))?;
+            match event {
                 Event::Stdout(bytes) => {
                     samples
                         .write_all(&bytes)

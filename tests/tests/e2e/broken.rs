@@ -128,7 +128,10 @@ fn refused_with(changes: &str, texts: &[&str]) {
 
 #[test]
 fn an_unknown_key_is_named_with_its_file() {
-    refused_with("[vm]\nmemroy_mib = 256\n", &["memroy_mib", "50-changes.toml"]);
+    refused_with(
+        "[vm]\nmemroy_mib = 256\n",
+        &["memroy_mib", "50-changes.toml"],
+    );
     refused_with("[vmm]\nmemory_mib = 256\n", &["vmm", "50-changes.toml"]);
 }
 

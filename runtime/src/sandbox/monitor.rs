@@ -192,7 +192,7 @@ async fn make(
     let built = {
         let build = build(&connector, plan, &process, console.as_ref());
         tokio::select! {
-            built = build => Some(built),
+            built = build => built,
             end = vm.ended() => {
                 return Err(boot::ended(BUILDING, &end).into());
             }
@@ -202,9 +202,8 @@ async fn make(
         }
     };
     let (guest, outputs) = match built {
-        Some(Ok(built)) => built,
-        Some(Err(error)) => return Err(boot::explain(&mut vm, BUILDING, error).await),
-        None => return Err(OrderError::NotRunning.into()),
+        Ok(built) => built,
+        Err(error) => return Err(boot::explain(&mut vm, BUILDING, error).await),
     };
     seal_rootfs(state, plan, vmm, &log)?;
     let started = vm.started;

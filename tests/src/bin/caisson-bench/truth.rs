@@ -103,8 +103,7 @@ fn end_of(setup: &Setup, container: &Container<'_>, victim: Victim, proves: bool
     until("state says stopped", || Ok(status()? == "stopped"))?;
     let stopped_ns = nanoseconds(begin)?;
     if proves {
-        let by = victim;
-        until("the cause is known", || proven(setup, by))?;
+        until("the cause is known", || proven(setup, victim))?;
     }
     container.delete()?;
     until("nothing is left", || Ok(traces.left()?.is_empty()))

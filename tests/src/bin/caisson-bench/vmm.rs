@@ -181,6 +181,7 @@ impl<'a> Guest<'a> {
         command.args(["-device", "vhost-vsock-device,guest-cid=4"]);
         command
     }
+
     /// With its system call filters on, as it comes. It adds the words for its devices to the command line by itself.
     /// It has neither a virtio console (its serial port is there always) nor a file system.
     fn firecracker(&self, dir: &Path) -> Result<Command> {

@@ -71,6 +71,21 @@ pub struct Activation {
     pub features: u64,
 }
 
+impl Activation {
+    /// Checks the number of queues.
+    ///
+    /// # Errors
+    /// When it is not `want`.
+    pub(super) fn check_queues(&self, want: usize) -> Result<(), ActivateError> {
+        let got = self.queues.len();
+        if got == want {
+            Ok(())
+        } else {
+            Err(ActivateError::QueueCount { got, want })
+        }
+    }
+}
+
 /// The device's interrupt line, with the status bits of its transport.
 #[derive(Debug)]
 pub struct Interrupt {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 
-use super::device::{ActivateError, Activation, Interrupt, QueueSnapshot, SnapshotError};
+use super::device::{ActivateError, Interrupt, QueueSnapshot, SnapshotError};
 use crate::worker::{Worker, WorkerThread};
 
 /// A worker that owns one or more of a device's queues.
@@ -192,21 +192,6 @@ fn join<W: QueueWorker>(threads: Vec<WorkerThread<W>>, interrupt: Option<&Interr
     joined.collect()
 }
 
-impl Activation {
-    /// Checks the number of queues.
-    ///
-    /// # Errors
-    /// When it is not `want`.
-    pub(super) fn check_queues(&self, want: usize) -> Result<(), ActivateError> {
-        let got = self.queues.len();
-        if got == want {
-            Ok(())
-        } else {
-            Err(ActivateError::QueueCount { got, want })
-        }
-    }
-}
-
 /// What is saved of a device that has nothing of its own to save.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -261,11 +246,33 @@ pub(super) fn check_version(version: u32, known: u32) -> Result<(), SnapshotErro
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::devices::virtio::device::{Activation, VirtioDevice};
     use crate::worker::Poller;
+    use virtio_queue::QueueT;
     use vmm_sys_util::epoll::EventSet;
     use vmm_sys_util::eventfd::EventFd;
+
+    /// Restores `state` into a fresh device; its queue `index`, of which one chain was served, goes on where it
+    /// was. The device is paused then.
+    pub(in super::super) fn goes_on_restored(
+        again: &mut impl VirtioDevice,
+        state: &serde_json::Value,
+        index: usize,
+        activation: impl FnOnce(Queue) -> Activation,
+    ) {
+        again.restore(state.clone()).unwrap();
+        let queues: Vec<Option<QueueSnapshot>> =
+            serde_json::from_value(state["queues"].clone()).unwrap();
+        let snapshot = queues[index].clone().unwrap();
+        assert_eq!((snapshot.next_avail, snapshot.next_used), (1, 1));
+        again
+            .activate(activation(Queue::try_from(&snapshot).unwrap()))
+            .unwrap();
+        again.pause();
+        assert_eq!(again.save().unwrap(), *state);
+    }
 
     #[derive(Debug)]
     struct Nobody {
@@ -294,8 +301,6 @@ mod tests {
             vec![(self.index, Some(QueueSnapshot::from(&queue)))]
         }
     }
-
-    use virtio_queue::QueueT;
 
     fn workers(panics: bool) -> Vec<Nobody> {
         [0, 2].map(|index| Nobody { index, panics }).into()

@@ -49,8 +49,6 @@ const STAGES: [(&str, &str, &str); 7] = [
 impl Report {
     /// `run` and `exec`, each runtime.
     pub(super) fn start(&self) -> Option<String> {
-        // Only beside runc does it say something.
-        self.stats("start", "runc", "run_ns")?;
         let rows = self.beside_runc("start", ["run_ns", "exec_ns"])?;
         Some(format!(
             "## run and exec\n\nThe same busybox bundle. From before the command's process is made until it is reaped, virtual ms.\n\n\
@@ -98,20 +96,18 @@ impl Report {
         Some(timeline::svg("caisson run: to the first output", &stages))
     }
 
-    /// Rows of a part's subjects: each of two metrics in milliseconds and as a part of runc's.
+    /// Rows of a part's subjects: each of two metrics in milliseconds and as a part of runc's. Without runc they
+    /// say nothing.
     fn beside_runc(&self, part: &str, metrics: [&str; 2]) -> Option<String> {
+        let [first, second] =
+            metrics.map(|metric| Some((metric, self.stats(part, "runc", metric)?.median)));
+        let metrics = [first?, second?];
         let mut text = String::new();
         for subject in self.subjects(part) {
             let _ = write!(text, "| {subject} |");
-            for metric in metrics {
-                let runc = self.stats(part, "runc", metric)?;
+            for (metric, runc) in metrics {
                 let own = self.stats(part, subject, metric)?;
-                let _ = write!(
-                    text,
-                    " {} | {:.2} |",
-                    own.show(MS, 1),
-                    own.median / runc.median
-                );
+                let _ = write!(text, " {} | {:.2} |", own.show(MS, 1), own.median / runc);
             }
             text.push('\n');
         }

@@ -49,35 +49,28 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use caisson_testbed::bench::{Line, Sample};
-
+    use super::super::tests::sample;
     use super::*;
 
-    fn report(samples: &[(&str, u32, u64)]) -> Report {
-        let line = |(subject, run, value): &(&str, u32, u64)| {
-            Line::Sample(Sample {
-                part: "truth".to_owned(),
-                subject: (*subject).to_owned(),
-                metric: "stopped_ns".to_owned(),
-                run: *run,
-                value: *value,
-            })
-        };
-        Report::new(samples.iter().map(line).collect(), "abc")
+    fn report(samples: &[(&str, u64)]) -> Report {
+        let lines = samples
+            .iter()
+            .map(|(subject, value)| sample("truth", subject, "stopped_ns", *value));
+        Report::new(lines.collect(), "abc")
     }
 
     #[test]
     fn the_worst_is_of_all_runs_and_no_victim_may_be_missing() {
-        let all = [("a", 0, 10), ("b", 0, 20), ("c", 0, 30), ("a", 1, 90)];
+        let all = [("a", 10), ("b", 20), ("c", 30), ("a", 90)];
         assert_eq!(report(&all).worst("stopped_ns"), Some(90.0));
         assert_eq!(report(&all).worst("gone_ns"), None);
-        let without_c = [("a", 0, 10), ("b", 0, 20), ("a", 1, 90)];
+        let without_c = [("a", 10), ("b", 20), ("a", 90)];
         assert_eq!(report(&without_c).worst("stopped_ns"), None);
     }
 
     #[test]
     fn each_victim_has_a_row() {
-        let text = report(&[("the VMM", 0, 2_500_000), ("the VMM", 1, 3_500_000)]).truth();
+        let text = report(&[("the VMM", 2_500_000), ("the VMM", 3_500_000)]).truth();
         let text = text.unwrap();
         assert!(
             text.ends_with("| the VMM | 3.0 (2.5–3.5) | – | – |\n"),

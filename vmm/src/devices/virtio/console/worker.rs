@@ -141,6 +141,7 @@ mod tests {
     use super::*;
     use crate::devices::virtio::console::{ConsoleDevice, QUEUE_SIZES};
     use crate::devices::virtio::device::{Activation, VirtioDevice};
+    use crate::devices::virtio::service::tests::goes_on_restored;
     use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
     use virtio_queue::Queue;
     use virtio_queue::desc::RawDescriptor;
@@ -267,16 +268,7 @@ mod tests {
         let state = device.save().unwrap();
 
         let mut again = ConsoleDevice::new(ring.clone());
-        again.restore(state.clone()).unwrap();
-        let queues: Vec<Option<QueueSnapshot>> =
-            serde_json::from_value(state["queues"].clone()).unwrap();
-        let snapshot = queues[OUTPUT].clone().unwrap();
-        assert_eq!((snapshot.next_avail, snapshot.next_used), (1, 1));
-        again
-            .activate(activation(Queue::try_from(&snapshot).unwrap()))
-            .unwrap();
-        again.pause();
-        assert_eq!(again.save().unwrap(), state);
+        goes_on_restored(&mut again, &state, OUTPUT, activation);
         assert_eq!(ring.contents().0, b"hello", "nothing is sent twice");
     }
 }

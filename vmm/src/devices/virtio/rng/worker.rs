@@ -102,7 +102,6 @@ impl RngWorker {
         })
     }
 
-    /// The queue's position.
     fn serve(&mut self) -> io::Result<()> {
         let Some(ActiveQueue { queue, .. }) = &mut self.queue else {
             return Ok(());
@@ -227,6 +226,7 @@ mod tests {
     use super::*;
     use crate::devices::virtio::device::{Activation, VirtioDevice};
     use crate::devices::virtio::rng::{QUEUE_SIZES, RngDevice};
+    use crate::devices::virtio::service::tests::goes_on_restored;
     use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
     use virtio_queue::Queue;
     use virtio_queue::desc::RawDescriptor;
@@ -346,16 +346,7 @@ mod tests {
         let state = device.save().unwrap();
 
         let mut again = RngDevice::new();
-        again.restore(state.clone()).unwrap();
-        let queues: Vec<Option<QueueSnapshot>> =
-            serde_json::from_value(state["queues"].clone()).unwrap();
-        let snapshot = queues[0].clone().unwrap();
-        assert_eq!((snapshot.next_avail, snapshot.next_used), (1, 1));
-        again
-            .activate(activation(Queue::try_from(&snapshot).unwrap()))
-            .unwrap();
-        again.pause();
-        assert_eq!(again.save().unwrap(), state);
+        goes_on_restored(&mut again, &state, 0, activation);
         assert_eq!(driver.used().idx().load(), 1, "nothing is served twice");
         again.reset();
 
